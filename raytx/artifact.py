@@ -1,0 +1,150 @@
+"""Artifact directories: a public format, its golden outputs, and artifact.json with hashes and lineage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from raytx import __version__
+from raytx.errors import ArtifactError
+from raytx.files import disagreements, inventory, read_json, sync_directory, write_json
+from raytx.plan import check_plugins
+from raytx.registry import registry
+from raytx.tasks.base import Features, Request, Response, Runner, Task
+
+MANIFEST = "artifact.json"
+GOLDEN = "golden.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the trained model answered to a batch of real samples, kept to hold every later form to it."""
+
+    features: Features
+    """The collated batch, numpy, with padding in it."""
+    logits: np.ndarray
+    """float32 logits of that batch."""
+
+    def save(self, path: Path) -> None:
+        arrays = {f"features.{key}": np.ascontiguousarray(value) for key, value in self.features.items()}
+        save_file(arrays | {"logits": np.ascontiguousarray(self.logits)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Golden:
+        arrays = load_file(path)
+        logits = arrays.pop("logits")
+        return cls({key.removeprefix("features."): value for key, value in arrays.items()}, logits)
+
+    def difference(self, runner: Runner) -> float:
+        """Return the largest absolute difference between a runner's logits and the golden ones."""
+        logits = runner.logits(self.features)
+        if logits.shape != self.logits.shape:
+            raise ArtifactError(f"logits of shape {logits.shape} where the trained model gave {self.logits.shape}")
+        return float(np.abs(logits - self.logits).max())
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What artifact.json says."""
+
+    name: str
+    task: str
+    model: dict[str, Any]
+    """The model component."""
+    exporter: dict[str, Any]
+    """The export component."""
+    compression: list[dict[str, Any]]
+    """The compression components applied, in order."""
+    plugins: dict[str, str]
+    metrics: dict[str, float]
+    golden_difference: float
+    """Largest absolute difference to the golden logits when it was published."""
+    lineage: dict[str, Any]
+    """Run, step, plan and data it came from."""
+    files: dict[str, dict[str, Any]]
+    """Every file with bytes and SHA-256."""
+    format: int = FORMAT
+    version: str = __version__
+    labels: list[str] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What compression and export measured."""
+
+
+def publish(staging: Path, target: Path, artifact: Artifact) -> Path:
+    """Complete a staged directory with its manifest and put it in place of the target, whole or not at all."""
+    files = inventory(staging, exclude=frozenset({MANIFEST}))
+    write_json(staging / MANIFEST, asdict(artifact) | {"files": files})
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def read(directory: str | Path, *, verify: bool = True) -> Artifact:
+    """Read an artifact directory; raise ArtifactError when it is none, of another format, or was tampered with."""
+    directory = Path(directory).expanduser()
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(_not_an_artifact(directory))
+    try:
+        artifact = Artifact(**read_json(path))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: not a valid manifest: {error}") from None
+    if artifact.format != FORMAT:
+        raise ArtifactError(f"{path}: format {artifact.format}, this raytx reads {FORMAT}")
+    if verify and (wrong := disagreements(directory, artifact.files)):
+        raise ArtifactError(f"{directory}: not what was published. " + "; ".join(wrong))
+    return artifact
+
+
+def _not_an_artifact(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory}: no such directory"
+    inside = sorted(path.parent for path in directory.glob(f"artifacts/*/{MANIFEST}"))
+    hint = f" Did you mean {inside[0]}?" if inside else ""
+    return f"{directory}: not an artifact directory (no {MANIFEST}).{hint}"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A loaded artifact: requests in, responses out."""
+
+    artifact: Artifact
+    task: Task
+    runner: Runner
+
+    def predict(self, requests: Sequence[Request]) -> list[Response]:
+        return self.task.predict(self.runner, requests)
+
+    def stream(self, request: Request) -> Iterator[Response]:
+        return self.task.stream(self.runner, request)
+
+
+def open_artifact(directory: str | Path) -> Predictor:
+    """Verify an artifact's hashes, load it and replay its golden outputs; raise ArtifactError when it disagrees."""
+    directory = Path(directory).expanduser()
+    artifact = read(directory)
+    check_plugins(artifact.plugins)
+    model = registry().parse("model", artifact.model).build()
+    compressors = [registry().parse("compression", step).build() for step in artifact.compression]
+    exporter = registry().parse("export", artifact.exporter)
+    runner = exporter.build().load(directory, model, compressors)
+    difference = Golden.load(directory / GOLDEN).difference(runner)
+    limit: float = exporter.max_difference  # type: ignore[attr-defined]
+    if not difference <= limit:
+        raise ArtifactError(
+            f"{directory}: its logits differ by {difference:.2e} from the golden ones, {limit:.0e} is allowed. "
+            "Was it exported on another kind of processor or with other library versions?"
+        )
+    return Predictor(artifact, model.task(directory), runner)

@@ -1,0 +1,303 @@
+"""The five kinds of component: the config a recipe holds, and the protocol that its build() must fulfil.
+
+The config class is the component. Its docstring's first line is what `raytx plugins` prints, its described fields are
+the schema, its `build()` imports the heavy body. Configs must import neither torch nor Ray: they are read by
+`raytx --help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from raytx.layout import Layout
+from raytx.sections import Section
+from raytx.tasks.base import Features, Row, Runner, Task
+
+if TYPE_CHECKING:
+    from raytx.plan import Plan
+
+KINDS = ("model", "data", "strategy", "compression", "export")
+"""The kinds, in the order in which a run meets them."""
+
+Part = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What a checkpoint keeps of one parameter: its fp32 value and the optimizer's two moments."""
+
+
+class Component(Section):
+    """What a plugin provides: a frozen config with a `type`, and a `build()` that imports the heavy body."""
+
+    kind: ClassVar[str]
+    type: str
+    """Which component of its kind."""
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Tags that other components of the recipe may rely on, such as "save_pretrained" or "generate"."""
+        return frozenset()
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Tags that some component of the recipe must provide, or the plan is refused."""
+        return frozenset()
+
+    @property
+    def conflicts(self) -> Mapping[str, str]:
+        """Tags that no component of the recipe may provide, each with the reason shown to the user."""
+        return {}
+
+    def build(self) -> Any:
+        """Import the heavy body and return the object that fulfils the kind's protocol."""
+        raise NotImplementedError
+
+    def local_files(self) -> Iterable[tuple[str, str]]:
+        """Yield (key, path) of files the recipe points at, so that they are checked before anything starts."""
+        return ()
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the plan needs to know of a model, measured without allocating it."""
+
+    parameters: int
+    """All parameters, tied ones once."""
+    trainable: int
+    """Parameters that get a gradient."""
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    """Width of the output, whose logits dominate activations of small decoders."""
+
+
+class ModelConfig(Component):
+    """A model and its task."""
+
+    kind: ClassVar[str] = "model"
+
+    def task_class(self) -> type[Task]:
+        """Return the task's class: its metrics, serving protocol and needed columns are known before any build."""
+        raise NotImplementedError
+
+    def size(self) -> ModelSize:
+        """Count parameters on the meta device; raise RecipeError when the architecture cannot be built."""
+        raise NotImplementedError
+
+    def build(self) -> Model:
+        raise NotImplementedError
+
+
+class Model(Protocol):
+    """What a model config builds."""
+
+    def fit(self, rows: Callable[[], Iterator[Row]], directory: Path, *, max_length: int) -> None:
+        """Write the processor (tokenizer, labels) into a directory, learning from the training rows what it must."""
+
+    def task(self, directory: Path) -> Task:
+        """Return the task with the processor found in a directory (a prepared cache or an artifact)."""
+
+    def module(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
+        """Return the torch module with its starting weights, drawn from torch's generator where they are random."""
+
+    def merged(self, module: Any) -> Any:
+        """Return the module in the form that is exported: adapters merged into the base, nothing else changed."""
+
+    def load(self, directory: Path) -> Any:
+        """Return the module that `save_pretrained` wrote into an artifact directory, by a loader that runs no code."""
+
+    def skeleton(self, directory: Path) -> Any:
+        """Return the merged module's structure from an artifact directory, its weights yet to be loaded."""
+
+    def runner(self, module: Any) -> Runner:
+        """Return the forward pass of a module for numpy features."""
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+class DataConfig(Component):
+    """A source of rows."""
+
+    kind: ClassVar[str] = "data"
+
+    def build(self) -> Source:
+        raise NotImplementedError
+
+
+class Source(Protocol):
+    """What a data config builds. Rows are plain dicts; position is the index of a row, the same on every machine."""
+
+    def fingerprint(self) -> str:
+        """Return a name that changes whenever the rows may: of the bytes read and of the options."""
+
+    def rows(self, split: Literal["train", "test"]) -> Iterator[Row]:
+        """Yield the rows of a split in a fixed order; the test split may be empty."""
+
+    def remarks(self) -> list[str]:
+        """Return what the user should know of the rows once they were read, such as how many were skipped."""
+
+
+# ------------------------------------------------------------------------------------------------------ strategy
+
+
+@dataclass(frozen=True)
+class Shares:
+    """By how much a strategy divides what one rank holds of each component of memory."""
+
+    parameters: int = 1
+    gradients: int = 1
+    optimizer: int = 1
+    activations: int = 1
+
+
+class StrategyConfig(Component):
+    """How one training step spreads over the ranks."""
+
+    kind: ClassVar[str] = "strategy"
+
+    def layout(self, world_size: int) -> Layout:
+        """Return the grid of ranks; raise RecipeError naming the number that does not divide."""
+        return Layout(data_parallel_size=world_size)
+
+    def shares(self, layout: Layout) -> Shares:
+        """Return the divisors of memory for a layout."""
+        return Shares()
+
+    def environment(self, *, use_gpu: bool) -> dict[str, str]:
+        """Return environment variables that must be set in every worker before torch is imported."""
+        return {}
+
+    def engine_config(self, plan: Plan) -> dict[str, tuple[Any, str]]:
+        """Return the library's own settings as {key: (value, origin)}, shown by `raytx plan`; empty when none."""
+        return {}
+
+    def build(self) -> Strategy:
+        raise NotImplementedError
+
+
+class Strategy(Protocol):
+    """What a strategy config builds."""
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model is built."""
+
+    def engine(self, module: Any, *, plan: Plan, rank: int) -> Engine:
+        """Take over the module: place, wrap and shard it, and create its optimizer. A collective call."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The samples of one forward and backward pass on one rank."""
+
+    features: dict[str, np.ndarray]
+    """What the module's forward takes."""
+    weight: float
+    """This microbatch's share of the global batch's targets; the shares of all ranks add up to 1, so the global loss
+    is the mean over targets, however many ranks there are. 0 marks the padding of a short last batch."""
+    seed: int
+    """Seeds dropout. A function of seed, step and place in the global batch, so that it is the same under any number
+    of ranks and needs no saving."""
+
+
+class Engine(Protocol):
+    """One rank's part in training. Methods marked collective are called by every rank, in the same order."""
+
+    module: Any
+
+    def train_batch(self, microbatches: list[Microbatch], *, lr: float) -> dict[str, float]:
+        """Do one optimizer update. Return loss and grad_norm (before clipping), equal on all ranks. Collective."""
+
+    def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
+        """Return the mean loss over the microbatch's targets and, where asked, float32 logits. Collective."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every data-parallel rank's value, in rank order, on every rank. Collective."""
+
+    def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
+        """Yield every trained tensor whole, as (Hugging Face name, part, fp32 array). Collective.
+
+        Each tensor comes as an array on exactly one rank, which writes it, and as None on the others.
+        """
+
+    def load_tensors(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:
+        """Take trained tensors from a reader of whole tensors, and the optimizer's step count. Collective."""
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+
+    def peak_memory(self) -> int:
+        """Return this rank's peak device memory in bytes, or resident memory where there is no device."""
+
+
+# --------------------------------------------------------------------------------------------------- compression
+
+
+class CompressionConfig(Component):
+    """A step that makes the model smaller, with the limits it must keep."""
+
+    kind: ClassVar[str] = "compression"
+    max_relative_error: float | None = None
+    """Largest allowed ||compressed - original|| / ||original|| of the golden logits; null measures and lets pass."""
+    max_metric_loss: float | None = None
+    """Largest allowed worsening of the evaluation metric, in the metric's own units; null measures and lets pass."""
+
+    def build(self) -> Compressor:
+        raise NotImplementedError
+
+
+class Compressor(Protocol):
+    """What a compression config builds. The words are torch.ao's."""
+
+    def prepare(self, module: Any) -> Any:
+        """Change the module before training (for distillation, pruning schedules, fake quantisation); return it."""
+
+    def convert(self, module: Any) -> Any:
+        """Change the trained module into its compressed form; return it."""
+
+    def restore(self, module: Any) -> Any:
+        """Give an uncompressed module the structure that convert leaves, ready to load its state dict; return it."""
+
+
+# -------------------------------------------------------------------------------------------------------- export
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What an exporter gets: everything about the model that the checkpoint knew."""
+
+    model: Model
+    module: Any
+    task: Task
+    samples: Features
+    """A collated batch of real features (numpy), with padding in it; for tracing."""
+    card: str
+    """The model card (README.md) in Markdown with YAML front matter."""
+    compressors: list[Compressor] = field(default_factory=list)
+
+
+class ExportConfig(Component):
+    """A public format."""
+
+    kind: ClassVar[str] = "export"
+    max_difference: float = 1e-4
+    """Largest allowed absolute difference between the exported form's logits and the golden ones."""
+
+    def build(self) -> Exporter:
+        raise NotImplementedError
+
+
+class Exporter(Protocol):
+    """What an export config builds."""
+
+    def save(self, exportable: Exportable, directory: Path) -> None:
+        """Write the format's files into an empty directory, processor and card included."""
+
+    def load(self, directory: Path, model: Model, compressors: list[Compressor]) -> Runner:
+        """Return the forward pass of the saved form, from the directory alone, by loaders that run no code."""

@@ -1,0 +1,294 @@
+"""Resolve a recipe into a plan: defaults filled, batch arithmetic done, combinations checked, memory estimated.
+
+The plan is plain data. It is what `raytx plan` prints, what workers receive and what every checkpoint and artifact
+carries as its lineage. Nothing after this module opens the recipe file again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from raytx import __version__
+from raytx.components import Component, ModelSize, StrategyConfig
+from raytx.errors import PluginError, RecipeError, ResourceError, did_you_mean
+from raytx.files import digest
+from raytx.layout import Layout
+from raytx.memory import Memory, estimate
+from raytx.recipe import Recipe, parse
+from raytx.registry import registry
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe. `recipe` holds every value; the rest is derived from it."""
+
+    recipe: Recipe
+    layout: Layout
+    gradient_accumulation_steps: int
+    resources_per_worker: dict[str, float]
+    metric: str
+    metric_mode: Literal["min", "max"]
+    plugins: dict[str, str]
+    """Version of each plugin's distribution; workers refuse another."""
+    size: ModelSize
+    memory: Memory
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where each value of the recipe came from: recipe, override or default."""
+    steps: int | None = None
+    """Optimizer updates; None until the data is prepared, when it is given in epochs."""
+    steps_per_epoch: int | None = None
+    num_samples: int | None = None
+    prepared: str | None = None
+    """Directory of the prepared data."""
+    version: str = __version__
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.storage_path).expanduser().absolute() / self.recipe.name
+
+    @property
+    def warmup_steps(self) -> int:
+        warmup = self.recipe.optim.warmup
+        return round(warmup * (self.steps or 0)) if warmup < 1 else int(warmup)
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of an update, counted from 0; linear and cosine reach zero after the last one."""
+        optim, warmup = self.recipe.optim, self.warmup_steps
+        if step < warmup:
+            return optim.lr * (step + 1) / warmup
+        assert self.steps is not None
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return optim.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.schedule]
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Tell whether a value of the metric beats another; anything beats none."""
+        return than is None or (value < than if self.metric_mode == "min" else value > than)
+
+    def with_data(self, *, directory: Path, num_samples: int) -> Plan:
+        """Return the plan with what the prepared data settles: steps an epoch and steps in all."""
+        per_epoch = math.ceil(num_samples / self.recipe.train.global_batch_size)
+        steps = self.recipe.train.steps or max(1, round((self.recipe.train.epochs or 1.0) * per_epoch))
+        return replace(self, steps=steps, steps_per_epoch=per_epoch, num_samples=num_samples, prepared=str(directory))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data from which `from_dict` makes an equal plan."""
+        return {
+            "version": self.version,
+            "recipe": self.recipe.dump(),
+            "layout": asdict(self.layout),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "resources_per_worker": self.resources_per_worker,
+            "metric": self.metric,
+            "metric_mode": self.metric_mode,
+            "plugins": self.plugins,
+            "size": asdict(self.size),
+            "memory": asdict(self.memory),
+            "origins": self.origins,
+            "steps": self.steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "num_samples": self.num_samples,
+            "prepared": self.prepared,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan, in a worker for example; raise PluginError where a plugin differs from the plan's."""
+        check_plugins(data["plugins"])
+        return cls(
+            **{
+                **data,
+                "recipe": parse(data["recipe"], where="plan"),
+                "layout": Layout(**data["layout"]),
+                "size": ModelSize(**data["size"]),
+                "memory": Memory(**data["memory"]),
+            }
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the values that decide the numbers: two plans that agree on them continue one another's run.
+
+        Workers, strategy, what is measured, saved, exported or served may change between a run and its continuation.
+        """
+        recipe = self.recipe.dump()
+        train = {key: value for key, value in recipe["train"].items() if key != "activation_checkpointing"}
+        return {
+            "model": recipe["model"],
+            "data": recipe["data"],
+            "optim": recipe["optim"],
+            "train": train,
+        }
+
+    def fingerprint(self) -> str:
+        return digest(self.identity())
+
+
+def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan:
+    """Turn a recipe into a plan; raise RecipeError or ResourceError with the number that makes it impossible."""
+    _check_files(recipe)
+    _check_tags(recipe)
+    layout = _layout(recipe)
+    accumulation = _accumulation(recipe, layout)
+    metric, mode = _metric(recipe)
+    size = recipe.model.size()
+    memory = estimate(
+        size,
+        recipe.strategy.shares(layout),
+        micro_batch_size=recipe.train.micro_batch_size,
+        max_length=recipe.train.max_length,
+        precision=recipe.train.precision,
+        activation_checkpointing=recipe.train.activation_checkpointing,
+    )
+    resources = _resources(recipe, memory)
+    return Plan(
+        recipe=recipe,
+        layout=layout,
+        gradient_accumulation_steps=accumulation,
+        resources_per_worker=resources,
+        metric=metric,
+        metric_mode=mode,
+        plugins=_plugins(recipe),
+        size=size,
+        memory=memory,
+        origins=dict(origins or _origins(recipe)),
+        steps=recipe.train.steps,
+    )
+
+
+def _layout(recipe: Recipe) -> Layout:
+    world_size = recipe.scaling.num_workers
+    layout = recipe.strategy.layout(world_size)
+    if layout.world_size != world_size:
+        raise RecipeError(
+            f"strategy.type={recipe.strategy.type} runs on {layout.world_size} workers, "
+            f"scaling.num_workers is {world_size}"
+        )
+    return layout
+
+
+def _accumulation(recipe: Recipe, layout: Layout) -> int:
+    """global batch = micro batch x accumulation x data-parallel ranks; what does not divide is refused."""
+    micro, wanted, ranks = recipe.train.micro_batch_size, recipe.train.global_batch_size, layout.data_parallel_size
+    steps, rest = divmod(wanted, micro * ranks)
+    if rest or not steps:
+        near = max(1, round(wanted / (micro * ranks))) * micro * ranks
+        raise RecipeError(
+            f"train.global_batch_size={wanted} is no multiple of train.micro_batch_size={micro} x {ranks} data-parallel "
+            f"ranks = {micro * ranks}. Use {near}, or a micro_batch_size that divides {wanted / ranks:g}"
+        )
+    return steps
+
+
+def _metric(recipe: Recipe) -> tuple[str, Literal["min", "max"]]:
+    modes = recipe.model.task_class().metrics_mode
+    metric = recipe.evaluate.metric or next(iter(modes))
+    if metric not in modes:
+        raise RecipeError(
+            f"evaluate.metric: {metric!r} is not computed by task {recipe.model.task_class().name!r}."
+            f"{did_you_mean(metric, modes)} Allowed: {', '.join(modes)}"
+        )
+    return metric, recipe.evaluate.mode or modes[metric]
+
+
+def _resources(recipe: Recipe, memory: Memory) -> dict[str, float]:
+    scaling = recipe.scaling
+    resources = dict(scaling.resources_per_worker or {"GPU" if scaling.use_gpu else "CPU": 1.0})
+    if scaling.use_gpu:
+        resources.setdefault("GPU", 1.0)
+    elif resources.get("GPU"):
+        raise RecipeError("scaling.resources_per_worker asks for GPU, but scaling.use_gpu is false")
+    limit = resources.get("memory")
+    if limit and not scaling.use_gpu and memory.total > limit:
+        raise ResourceError(
+            f"one rank needs about {memory.total:,} bytes, scaling.resources_per_worker.memory is {limit:,.0f}. "
+            "Use more workers with a strategy that shards, a smaller train.micro_batch_size, or "
+            "train.activation_checkpointing=true"
+        )
+    return resources
+
+
+def _check_files(recipe: Recipe) -> None:
+    missing = [
+        f"{component.kind}.{key}={path}"
+        for component in recipe.components()
+        for key, path in component.local_files()
+        if not Path(path).expanduser().exists()
+    ]
+    if missing:
+        raise RecipeError(f"no such file: {'; '.join(missing)} (looked from {Path.cwd()})")
+
+
+def _check_tags(recipe: Recipe) -> None:
+    """Refuse pairs of components that cannot work together."""
+    provided = {tag: component for component in recipe.components() for tag in component.provides}
+    for component in recipe.components():
+        for tag in component.requires - provided.keys():
+            raise RecipeError(
+                f"{component.kind} {component.type!r} needs {tag!r}, which neither model {recipe.model.type!r} nor any "
+                "other component of the recipe provides"
+            )
+        for tag, reason in component.conflicts.items():
+            if tag in provided:
+                other = provided[tag]
+                raise RecipeError(
+                    f"{component.kind} {component.type!r} does not go with {other.kind} {other.type!r}: {reason}"
+                )
+
+
+def _plugins(recipe: Recipe) -> dict[str, str]:
+    owners = {registry().owner(component) for component in recipe.components()}
+    needed = {name for component in recipe.components() for name in getattr(component, "plugins", ())}
+    owners |= {registry().plugins[name] for name in needed}
+    return {plugin.name: plugin.version for plugin in sorted(owners, key=lambda plugin: plugin.name)}
+
+
+def check_plugins(wanted: Mapping[str, str]) -> None:
+    """Raise PluginError unless this process has the plugins of a plan or artifact, at the same versions."""
+    for name, version in wanted.items():
+        plugin = registry().plugins.get(name)
+        if plugin is None or plugin.error:
+            why = plugin.error if plugin else "it is not installed"
+            raise PluginError(f"plugin {name!r} {version} is needed, but {why}")
+        if plugin.version != version:
+            raise PluginError(
+                f"plugin {name!r} is {plugin.version} here and {version} in the plan; install the same version"
+            )
+
+
+def _origins(recipe: Recipe) -> dict[str, str]:
+    """Tell values that were set from those left at their default."""
+    origins: dict[str, str] = {}
+
+    def visit(section: Any, prefix: str) -> None:
+        for name in type(section).model_fields:
+            value, path = getattr(section, name), f"{prefix}{name}"
+            if hasattr(value, "model_fields_set"):
+                visit(value, f"{path}.")
+            elif isinstance(value, tuple) and value and isinstance(value[0], Component):
+                for place, component in enumerate(value):
+                    visit(component, f"{path}.{place}.")
+            else:
+                origins[path] = "recipe" if name in section.model_fields_set else "default"
+
+    visit(recipe, "")
+    return origins
+
+
+def origins(recipe: Recipe, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Return where each value came from, naming the ones that were overridden."""
+    found = _origins(recipe)
+    overridden = [path for path in found if any(path == key or path.startswith(f"{key}.") for key in overrides)]
+    return found | dict.fromkeys(overridden, "override")
+
+
+def strategy_settings(plan: Plan) -> dict[str, tuple[Any, str]]:
+    """Return the settings generated for the strategy's library, each with its origin."""
+    strategy: StrategyConfig = plan.recipe.strategy
+    return strategy.engine_config(plan)

@@ -1,0 +1,155 @@
+"""The recipe's own sections: how to optimise, train, evaluate, save, scale, search and serve."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe in which every key is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class Optim(Section):
+    """The optimizer and its learning-rate schedule. Weight decay skips norms and biases."""
+
+    type: Literal["adamw"] = "adamw"
+    """Optimizer: AdamW (Loshchilov and Hutter 2019)."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices and embeddings; parameters of one dimension get none."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator of the update."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the learning rate after warm-up: flat, or falling to zero at the last step."""
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm; null turns clipping off."""
+
+
+class Train(Section):
+    """How long, in what batches and in what precision to train."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; one when neither epochs nor steps is given."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer updates, instead of epochs."""
+    global_batch_size: int = Field(32, gt=0)
+    """Samples of one optimizer update, over all workers. The numbers depend on this, never on the workers."""
+    micro_batch_size: int = Field(8, gt=0)
+    """Samples of one forward and backward pass on one worker; accumulation is derived from it."""
+    max_length: int = Field(512, gt=1)
+    """Tokens of one sample at most."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of forward and backward; master weights and moments stay fp32."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    seed: int = 0
+    """Seeds initial weights, data order and dropout."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class Evaluate(Section):
+    """When to measure the held-out split, and by which metric the best checkpoint is chosen."""
+
+    every: int | None = Field(None, gt=0)
+    """Steps between evaluations; null evaluates at the end only."""
+    metric: str | None = None
+    """Metric that says which checkpoint is best; null takes the task's own (loss, accuracy...)."""
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more of the metric is better; null takes what the task knows of it."""
+    max_samples: int | None = Field(None, gt=0)
+    """Samples of the held-out split used; null uses all."""
+
+
+class Save(Section):
+    """When to commit a checkpoint, and which ones stay."""
+
+    every: int | None = Field(None, gt=0)
+    """Steps between checkpoints; null saves at the end only. The last step is always saved."""
+    num_to_keep: int | None = Field(2, gt=0)
+    """Newest checkpoints that stay; the best one stays besides. Null keeps all."""
+    keep: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the artifact."""
+
+
+class Scaling(Section):
+    """The Ray workers: how many, with what, and how often they may fail. The words are Ray's."""
+
+    num_workers: int = Field(1, gt=0)
+    """Ray Train workers, one process and rank each."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """What each worker reserves; null reserves one CPU, or one GPU with use_gpu. "memory" is in bytes."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray spreads the workers over nodes."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts from the newest checkpoint after a worker died."""
+    wait_s: float = Field(120, gt=0)
+    """Seconds to wait for the cluster to have room before giving up."""
+    threads_per_worker: int = Field(1, gt=0)
+    """CPU threads of each worker (OMP_NUM_THREADS)."""
+
+
+class Search(Section):
+    """A Ray Tune search over values of the recipe."""
+
+    space: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Recipe path to sampler: {optim.lr: {loguniform: [1.0e-5, 1.0e-3]}}; samplers are uniform, loguniform,
+    quniform, randint, choice and grid."""
+    samples: int = Field(8, gt=0)
+    """Trials drawn (times the grid, where there is one)."""
+    metric: str | None = None
+    """What trials compete for; null takes evaluate.metric or the task's own."""
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more is better; null takes what the task knows of the metric."""
+    scheduler: Literal["asha", "fifo"] = "asha"
+    """asha stops weak trials early (Li et al. 2020); fifo lets every trial finish."""
+    grace_period: int = Field(1, gt=0)
+    """Evaluations every trial may do before asha can stop it."""
+    reduction_factor: int = Field(3, gt=1)
+    """asha keeps one in this many at each rung."""
+    max_concurrent: int | None = Field(None, gt=0)
+    """Trials at once; null takes what the cluster holds."""
+    seed: int = 0
+    """Seeds the sampling of the space."""
+
+
+class Serving(Section):
+    """The Ray Serve application that `raytx serve` starts."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but loopback must be asked for here or by --host."""
+    port: int = Field(8000, gt=0, lt=65536)
+    """Port to listen on."""
+    num_replicas: int = Field(1, gt=0)
+    """Processes that hold the model."""
+    use_gpu: bool = False
+    """One GPU for each replica."""
+    max_batch_size: int = Field(8, gt=0)
+    """Requests answered by one forward pass."""
+    batch_wait_s: float = Field(0.01, ge=0)
+    """Seconds a request waits for others to fill its batch."""
+    max_ongoing_requests: int = Field(16, gt=0)
+    """Requests a replica works on at once."""
+    max_queued_requests: int = Field(64, ge=0)
+    """Requests that may wait; more are answered 503 at once."""
+    max_tokens: int = Field(1024, gt=0)
+    """Tokens a completion may ask for."""
+    max_body_bytes: int = Field(1_000_000, gt=0)
+    """Bytes of a request body; more is answered 413."""
+    timeout_s: float = Field(60, gt=0)
+    """Seconds a request may take."""
