@@ -115,6 +115,9 @@ class Model(Protocol):
     def skeleton(self, directory: Path) -> Any:
         """Return the merged module's structure from an artifact directory, its weights yet to be loaded."""
 
+    def assign(self, module: Any, tensors: Mapping[str, np.ndarray]) -> None:
+        """Copy checkpoint weights, keyed by parameter name, into a module made by `module()`; every trained one."""
+
     def runner(self, module: Any) -> Runner:
         """Return the forward pass of a module for numpy features."""
 
@@ -185,8 +188,8 @@ class StrategyConfig(Component):
 class Strategy(Protocol):
     """What a strategy config builds."""
 
-    def init_context(self) -> AbstractContextManager[Any]:
-        """Return the context in which the model is built."""
+    def init_context(self, seed: int) -> AbstractContextManager[Any]:
+        """Return the context in which the model is built: torch seeded alike on every rank, sharded where it can."""
 
     def engine(self, module: Any, *, plan: Plan, rank: int) -> Engine:
         """Take over the module: place, wrap and shard it, and create its optimizer. A collective call."""
@@ -218,7 +221,7 @@ class Engine(Protocol):
         """Return the mean loss over the microbatch's targets and, where asked, float32 logits. Collective."""
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every data-parallel rank's value, in rank order, on every rank. Collective."""
+        """Return every rank's value, in rank order, on every rank. Collective."""
 
     def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
         """Yield every trained tensor whole, as (Hugging Face name, part, fp32 array). Collective.
@@ -288,6 +291,15 @@ class ExportConfig(Component):
     kind: ClassVar[str] = "export"
     max_difference: float = 1e-4
     """Largest allowed absolute difference between the exported form's logits and the golden ones."""
+
+    def judge(self, *, difference: float, relative_error: float) -> str | None:
+        """Return why a form that differs so much from the golden logits is refused, or None when it is accepted.
+
+        A format that rounds on purpose overrides this to judge by relative error, and says so in its fields.
+        """
+        if difference <= self.max_difference:
+            return None
+        return f"its logits differ by {difference:.2e} from the golden ones, max_difference is {self.max_difference:.0e}"
 
     def build(self) -> Exporter:
         raise NotImplementedError

@@ -26,6 +26,10 @@ class ResourceError(RaytxError):
     """The cluster or machine has less than the plan needs."""
 
 
+class TrainingStopped(RaytxError):
+    """Training cannot go on, and every rank knows it at the same step: the loss is not finite, nothing can be saved."""
+
+
 class CheckpointError(RaytxError):
     """A checkpoint is incomplete, damaged or belongs to another plan."""
 

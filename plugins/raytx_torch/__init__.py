@@ -1,2 +1,26 @@
-"""."""
+"""Components that need torch alone: the small decoder, text files, single and ddp, pruning, int8."""
+
+from __future__ import annotations
+
+from raytx import hookimpl
+from raytx.components import DataConfig, ModelConfig, StrategyConfig
+from raytx_torch.decoder import DecoderConfig
+from raytx_torch.strategies import DDP, Single
+from raytx_torch.text_files import TextFiles
+
 RAYTX_API = 1
+
+
+@hookimpl
+def raytx_model() -> list[type[ModelConfig]]:
+    return [DecoderConfig]
+
+
+@hookimpl
+def raytx_data() -> list[type[DataConfig]]:
+    return [TextFiles]
+
+
+@hookimpl
+def raytx_strategy() -> list[type[StrategyConfig]]:
+    return [Single, DDP]

@@ -29,6 +29,15 @@ IGNORED = -100
 TASK_FILE = "raytx_task.json"
 
 
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean cross entropy in nats of logits (..., classes) against integer labels (...), ignored ones left out."""
+    kept = labels != IGNORED
+    logits, labels = logits[kept].astype(np.float64), labels[kept]
+    top = logits.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
+    return float((log_sum - np.take_along_axis(logits, labels[..., None], -1)[..., 0]).mean())
+
+
 class Runner(Protocol):
     """The forward pass of one exported or live model, in numpy. Stateless between calls; cache is the caller's."""
 
@@ -98,6 +107,10 @@ class Task(ABC):
         """Pad samples into one batch of numpy arrays, without "num_targets"."""
 
     @abstractmethod
+    def loss(self, batch: Features, logits: np.ndarray) -> float:
+        """Return the mean cross entropy over a batch's targets, in nats: what the module's own loss must be."""
+
+    @abstractmethod
     def evaluation(self, batch: Features, loss: float, logits: np.ndarray | None, num_targets: int) -> Features:
         """Return what the metrics need of one batch, as small arrays of one length."""
 
@@ -109,7 +122,19 @@ class Task(ABC):
     def baseline(self, samples: Iterable[Features]) -> tuple[str, dict[str, float]]:
         """Return what a model that learned only frequencies would score on the training samples, and its name."""
 
+    @abstractmethod
+    def golden(self, samples: Sequence[Features]) -> Features:
+        """Collate a few samples as a server would get them (one per row, padded, no labels), to record answers to."""
+
     # ---- serving
+
+    @abstractmethod
+    def demo(self, samples: Sequence[Features]) -> list[tuple[Request, str]]:
+        """Return requests made of a few held-out samples, each with the words that show it to a user."""
+
+    @abstractmethod
+    def show(self, response: Response) -> str:
+        """Return the words that show a response to a user."""
 
     @abstractmethod
     def predict(self, runner: Runner, requests: Sequence[Request]) -> list[Response]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from raytx.tasks.base import IGNORED, Features, Request, Response, Row, Runner, Task
+from raytx.tasks.base import IGNORED, Features, Request, Response, Row, Runner, Task, cross_entropy
 from raytx.tasks.decoding import decode, sampler
 
 Segment = list[int]
@@ -72,6 +72,9 @@ class CausalLM(Task):
             batch["attention_mask"] = _pad([[1] * len(sample["input_ids"]) for sample in samples], width, 0)
         return batch
 
+    def loss(self, batch: Features, logits: np.ndarray) -> float:
+        return cross_entropy(logits[:, :-1], batch["labels"][:, 1:])
+
     def evaluation(self, batch: Features, loss: float, logits: np.ndarray | None, num_targets: int) -> Features:
         return {"loss_sum": np.array([loss * num_targets]), "num_targets": np.array([num_targets])}
 
@@ -87,7 +90,29 @@ class CausalLM(Task):
         entropy = float(-(share * np.log(share)).sum())
         return "unigram entropy of the corpus", {"loss": entropy, "perplexity": math.exp(entropy)}
 
+    def golden(self, samples: Sequence[Features]) -> Features:
+        """Take the first document of each sample, in unequal lengths, so that padding is part of what is recorded."""
+        rows = []
+        for place, sample in enumerate(samples):
+            documents = _documents(sample)
+            rows.append(max(documents, key=len)[: max(2, 32 - 7 * place)])
+        width = max(map(len, rows))
+        return {
+            "input_ids": _pad(rows, width, self.pad),
+            "attention_mask": _pad([[1] * len(row) for row in rows], width, 0),
+        }
+
     # ---- serving
+
+    def demo(self, samples: Sequence[Features]) -> list[tuple[Request, str]]:
+        prompts = [max(_documents(sample), key=len)[:24] for sample in samples]
+        return [
+            ({"prompt": ids, "max_tokens": 32, "temperature": 0.0}, self.tokenizer.decode(ids, skip_special_tokens=True))
+            for ids in prompts
+        ]
+
+    def show(self, response: Response) -> str:
+        return str(response["text"])
 
     def encode_prompt(self, request: Request) -> list[int]:
         """Return a prompt's token ids; a prompt may come as text or as ids. An empty one starts a document."""
@@ -153,6 +178,14 @@ def _sample(segments: Sequence[Segment]) -> Features:
     position_ids = [place for segment in segments for place in range(len(segment))]
     num_targets = len(input_ids) - len(segments)
     return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "num_targets": num_targets}
+
+
+def _documents(sample: Features) -> list[Segment]:
+    """Split a sample's tokens where positions restart."""
+    starts = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
+    return [
+        sample["input_ids"][start:end] for start, end in zip(starts, [*starts[1:], len(sample["input_ids"])], strict=True)
+    ]
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from raytx.errors import DataError
-from raytx.tasks.base import Features, Request, Response, Row, Runner, Task
+from raytx.tasks.base import Features, Request, Response, Row, Runner, Task, cross_entropy
 
 MAX_LABELS = 1000
 """More distinct labels than this is taken for a column that holds no classes."""
@@ -68,6 +68,9 @@ class SequenceClassification(Task):
     def _pad(self, samples: list[Features]) -> dict[str, Any]:
         return dict(self.tokenizer.pad(samples, return_tensors="np"))
 
+    def loss(self, batch: Features, logits: np.ndarray) -> float:
+        return cross_entropy(logits, batch["labels"])
+
     def evaluation(self, batch: Features, loss: float, logits: np.ndarray | None, num_targets: int) -> Features:
         assert logits is not None
         return {
@@ -97,7 +100,17 @@ class SequenceClassification(Task):
             "loss": float(-(share * np.log(share)).sum()),
         }
 
+    def golden(self, samples: Sequence[Features]) -> Features:
+        return {key: value for key, value in self.collate(samples).items() if key != "labels"}
+
     # ---- serving
+
+    def demo(self, samples: Sequence[Features]) -> list[tuple[Request, str]]:
+        texts = [self.tokenizer.decode(sample["input_ids"], skip_special_tokens=True) for sample in samples]
+        return [({"text": text}, text if len(text) <= 160 else f"{text[:159]}…") for text in texts]
+
+    def show(self, response: Response) -> str:
+        return f"{response['label']} ({max(response['probabilities']):.0%})"
 
     def predict(self, runner: Runner, requests: Sequence[Request]) -> list[Response]:
         """Classify texts. A request has "text" and optionally "text_pair"; a response label and probabilities."""

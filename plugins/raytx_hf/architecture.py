@@ -1,0 +1,103 @@
+"""The transformers config and module that a model component stands for, before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from raytx.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from raytx_hf.model import HFModel
+
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+
+
+def auto_class(task: str) -> Any:
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def base_config(model: HFModel) -> PreTrainedConfig:
+    """Return the model's config as the hub, the directory or the recipe has it; raise RecipeError where it is none."""
+    config = _from_recipe(model.config) if model.config is not None else _from_path(model)
+    if type(config) not in auto_class(model.task)._model_mapping and not hasattr(config, "auto_map"):
+        raise RecipeError(f"model: transformers has no {config.model_type!r} model for task {model.task!r}")
+    return config
+
+
+def from_config(model: HFModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a module with random weights drawn from torch's generator, fp32."""
+    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    try:
+        return auto_class(model.task).from_config(
+            config, dtype=torch.float32, trust_remote_code=model.trust_remote_code, **options
+        )
+    except (ValueError, ImportError, KeyError) as error:
+        raise RecipeError(f"model: {config.model_type!r} cannot be built: {_one_line(error)}") from None
+
+
+def from_pretrained(model: HFModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the pretrained module, fp32. Only safetensors are read: a pickle could run code."""
+    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    assert model.path is not None
+    try:
+        return auto_class(model.task).from_pretrained(
+            expanded(model.path),
+            config=config,
+            dtype=torch.float32,
+            revision=model.revision or "main",
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"model.path={model.path}: {_one_line(error)}") from None
+
+
+def expanded(place: str) -> str:
+    return str(Path(place).expanduser()) if place.startswith("~") else place
+
+
+def _from_path(model: HFModel) -> PreTrainedConfig:
+    assert model.path is not None
+    try:
+        return AutoConfig.from_pretrained(
+            expanded(model.path), revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.path={model.path}: no model could be read there: {_one_line(error)}") from None
+
+
+def _from_recipe(values: dict[str, Any]) -> PreTrainedConfig:
+    values = dict(values)
+    name = values.pop("model_type")
+    if name not in CONFIG_MAPPING:
+        raise RecipeError(f"model.config.model_type: transformers has no {name!r}.{did_you_mean(name, CONFIG_MAPPING)}")
+    _check_keys(name, values)
+    try:
+        return AutoConfig.for_model(name, **values)
+    except Exception as error:  # the config classes validate, each with exceptions of its own
+        raise RecipeError(f"model.config: {name!r} refuses it: {_one_line(error)}") from None
+
+
+def _check_keys(name: str, values: dict[str, Any]) -> None:
+    """A config takes any key as an attribute; one that the architecture never reads is a mistake."""
+    known = set(CONFIG_MAPPING[name]().to_dict()) | set(CONFIG_MAPPING[name].attribute_map)
+    if unknown := [key for key in values if key not in known]:
+        raise RecipeError(
+            f"model.config.{unknown[0]}: {name!r} has no such key.{did_you_mean(unknown[0], known)} "
+            f"Allowed: {', '.join(sorted(key for key in known if not key.startswith('_')))}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:399]}…"

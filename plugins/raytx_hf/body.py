@@ -1,0 +1,134 @@
+"""The model behind the hf component: fit its processor, make its module, merge, load and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from raytx.errors import CheckpointError, RecipeError
+from raytx.tasks.base import Row, Runner, Task
+from raytx_hf import adapter
+from raytx_hf.architecture import auto_class, base_config, from_config, from_pretrained
+from raytx_hf.runner import TorchRunner
+from raytx_hf.tokenizer import fitted, opened
+
+if TYPE_CHECKING:
+    from raytx_hf.model import HFModel
+
+
+class HFBody:
+    """Fulfils raytx.components.Model for any transformers architecture that has the task."""
+
+    def __init__(self, config: HFModel) -> None:
+        self.config = config
+
+    def fit(self, rows: Callable[[], Iterator[Row]], directory: Path, *, max_length: int) -> None:
+        config = base_config(self.config)
+        _check_length(config, max_length)
+        tokenizer = fitted(self.config, rows, vocab_size=config.get_text_config().vocab_size)
+        _complete(tokenizer, task=self.config.task)
+        _check_vocabulary(config, tokenizer)
+        learned = self.config.task_class().fit(rows)
+        task = self.config.task_class()(tokenizer, max_length=max_length, **learned, **self._options(config))
+        tokenizer.save_pretrained(directory)
+        task.save(directory)
+
+    def _options(self, config: PreTrainedConfig) -> dict[str, Any]:
+        if self.config.task != "causal-lm":
+            return {}
+        return {"packing": self.config.packing, "context_length": _context_length(config) or 0}
+
+    def task(self, directory: Path) -> Task:
+        tokenizer = opened(directory, local_files_only=True, trust_remote_code=self.config.trust_remote_code)
+        return self.config.task_class().load(directory, tokenizer)
+
+    def module(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
+        config = base_config(self.config)
+        self._adjust(config, self.task(directory))
+        make = from_pretrained if self.config.path is not None else from_config
+        module = make(self.config, config)
+        # A cache would hide from transformers that positions restarting at 0 begin a new document: no packing mask.
+        module.config.use_cache = False
+        if activation_checkpointing:
+            module.activation_checkpointing_enable({"use_reentrant": False})
+        return (
+            module
+            if self.config.adapter is None
+            else adapter.adapted(module, self.config.adapter, task=self.config.task)
+        )
+
+    def _adjust(self, config: PreTrainedConfig, task: Task) -> None:
+        """Write into the config what data and tokenizer settled: labels, and the ids of special tokens."""
+        tokenizer = task.tokenizer
+        if (labels := task.label_names()) is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: index for index, label in enumerate(labels)}
+            config.problem_type = "single_label_classification"
+            config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if self.config.path is None:
+            # pad_token_id stays out of a decoder's config: its embedding would be fixed at zero, and it is eos.
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+
+    def merged(self, module: Any) -> Any:
+        module = adapter.merged(module)
+        module.config.use_cache = True
+        return module
+
+    def load(self, directory: Path) -> Any:
+        auto = auto_class(self.config.task)
+        return auto.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=self.config.trust_remote_code,
+        ).eval()
+
+    def skeleton(self, directory: Path) -> Any:
+        trust = self.config.trust_remote_code
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+        return from_config(self.config, config).eval()
+
+    def assign(self, module: Any, tensors: Mapping[str, np.ndarray]) -> None:
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if missing := sorted(trained.keys() - tensors.keys()):
+            raise CheckpointError(f"the checkpoint lacks {len(missing)} trained parameters, {missing[0]!r} for one")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(torch.from_numpy(np.asarray(tensors[name])))
+
+    def runner(self, module: Any) -> Runner:
+        return TorchRunner(module)
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, *, task: str) -> None:
+    """Give a tokenizer the end and padding tokens that the task needs; raise RecipeError where it has no end."""
+    if tokenizer.eos_token is None and (task == "causal-lm" or tokenizer.pad_token is None):
+        raise RecipeError("model.tokenizer: it has no end-of-sequence token, so documents could not be told apart")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise RecipeError(
+            f"model.config.vocab_size={rows} is smaller than the tokenizer's vocabulary of {len(tokenizer)}; "
+            f"use {len(tokenizer)} or more, or a smaller tokenizer.vocab_size"
+        )
+
+
+def _check_length(config: PreTrainedConfig, max_length: int) -> None:
+    limit = _context_length(config)
+    if limit is not None and max_length > limit:
+        raise RecipeError(f"train.max_length={max_length} is more than the model's {limit} positions")
+
+
+def _context_length(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,30 @@
+"""Count a model's parameters on the meta device: nothing is allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from raytx.components import ModelSize
+from raytx_hf.adapter import adapted
+from raytx_hf.architecture import base_config, from_config
+
+if TYPE_CHECKING:
+    from raytx_hf.model import HFModel
+
+
+def measure(model: HFModel) -> ModelSize:
+    config = base_config(model)
+    with torch.device("meta"):
+        module = from_config(model, config)
+        module = module if model.adapter is None else adapted(module, model.adapter, task=model.task)
+    text = config.get_text_config()
+    parameters = list(module.parameters())  # tied ones come once
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size if model.task == "causal-lm" else config.num_labels,
+    )

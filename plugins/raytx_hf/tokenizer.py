@@ -1,0 +1,105 @@
+"""Get a tokenizer: from the hub or a directory, or trained on the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from raytx.errors import DataError, RecipeError
+from raytx.tasks.base import Row
+from raytx_hf.architecture import expanded
+
+if TYPE_CHECKING:
+    from raytx_hf.model import HFModel, TrainedTokenizer
+
+END = "<|endoftext|>"
+TEXT_COLUMNS = ("text", "text_pair")
+
+
+def fitted(model: HFModel, rows: Callable[[], Iterator[Row]], *, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the component asks for; one to be trained reads the rows' text columns."""
+    asked = model.tokenizer if model.tokenizer is not None else model.path
+    assert asked is not None
+    if not isinstance(asked, str):
+        return _train(asked, _texts(rows), task=model.task, vocab_size=asked.vocab_size or vocab_size)
+    revision = model.revision if asked == model.path else None
+    try:
+        return opened(expanded(asked), revision=revision or "main", trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model: no tokenizer at {asked}: {' '.join(str(error).split())[:300]}") from None
+
+
+def opened(place: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(place), **options)
+
+
+def _texts(rows: Callable[[], Iterator[Row]]) -> Iterator[str]:
+    for row in rows():
+        yield from (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str) and row[column])
+
+
+def _train(asked: TrainedTokenizer, texts: Iterator[str], *, task: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a tokenizer. The same texts in the same order give the same one."""
+    first = next(texts, None)
+    if first is None:
+        raise DataError("no row has text to train the tokenizer on")
+    special = _special_tokens(asked.train, task)
+    tokenizer, trainer = {"bpe": _bpe, "wordpiece": _wordpiece}[asked.train](vocab_size, list(special.values()))
+    tokenizer.train_from_iterator(_chain(first, texts), trainer=trainer)
+    if task != "causal-lm":
+        tokenizer.post_processor = _template(tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _special_tokens(algorithm: str, task: str) -> dict[str, str]:
+    """A decoder needs the end of a document; a classifier BERT's five. Byte-level BPE knows every byte: no [UNK]."""
+    if task == "causal-lm":
+        special = {"bos_token": END, "eos_token": END, "pad_token": END}
+    else:
+        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return special if algorithm == "bpe" else special | {"unk_token": "[UNK]"}
+
+
+def _bpe(vocab_size: int, special: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+    """Byte-level BPE (Radford et al. 2019)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(set(special))
+    if vocab_size < least:
+        raise RecipeError(f"model.tokenizer.vocab_size={vocab_size}: byte-level BPE needs at least {least}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=_unique(special), initial_alphabet=alphabet, show_progress=False
+    )
+    return tokenizer, trainer
+
+
+def _wordpiece(vocab_size: int, special: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+    """WordPiece as BERT has it (Devlin et al. 2018): lower case, Chinese characters one by one."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=_unique(special), show_progress=False)
+    return tokenizer, trainer
+
+
+def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    return processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
+    )
+
+
+def _unique(tokens: list[str]) -> list[str]:
+    return list(dict.fromkeys(tokens))
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest

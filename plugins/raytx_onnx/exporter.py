@@ -1,0 +1,135 @@
+"""Write and read an ONNX directory: model.onnx, config, tokenizer, task, card, and a report of what export did."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+
+from raytx.components import Compressor, Exportable, Model
+from raytx.errors import ArtifactError
+from raytx.files import write_json, write_text
+from raytx.tasks.base import Runner
+from raytx_onnx.config import OnnxExport
+from raytx_onnx.quantize import to_int8
+from raytx_onnx.runner import MODEL, REPORT, OnnxRunner
+from raytx_onnx.signature import Signature, generates, signatures
+from raytx_onnx.trace import TRACERS, quiet
+from raytx_onnx.verify import difference, relative_error
+
+PROTOBUF_LIMIT = 2_000_000_000
+"""Bytes of weights beyond which they go into a file of their own: a protobuf message holds 2 GiB at most."""
+LIBRARIES = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """How the graph came to be."""
+
+    graph: str
+    tracer: str
+    difference: float
+    """Largest absolute difference to the module's logits, on batches and lengths that were not traced."""
+    failures: list[str]
+    """Why the attempts before this one were given up."""
+
+
+class OnnxDirectory:
+    """The exporter: a directory that ONNX Runtime, and whoever reads ONNX, can use."""
+
+    def __init__(self, config: OnnxExport) -> None:
+        self.config = config
+
+    def save(self, exportable: Exportable, directory: Path) -> None:
+        """Write the directory; raise ArtifactError when no graph comes out that agrees with the module."""
+        exportable.module.eval()
+        traced = self._trace(exportable, directory)
+        quantization = self._quantize(exportable, directory) if self.config.quantize else None
+        onnx.checker.check_model(directory / MODEL)
+        exportable.module.config.save_pretrained(directory)
+        exportable.task.tokenizer.save_pretrained(directory)
+        exportable.task.save(directory)
+        write_text(directory / "README.md", exportable.card)
+        write_json(directory / REPORT, _report(exportable, traced, directory) | {"quantization": quantization})
+
+    def load(self, directory: Path, model: Model, compressors: list[Compressor]) -> Runner:
+        """Return the runner of a directory. A graph is data: nothing is unpickled, no custom operator is loaded."""
+        return OnnxRunner(directory)
+
+    def _trace(self, exportable: Exportable, directory: Path) -> Traced:
+        """Try the better graph and tracer first; keep the first graph whose answers are the module's."""
+        failures: list[str] = []
+        for signature in signatures(exportable):
+            for tracer in TRACERS if self.config.exporter == "auto" else [self.config.exporter]:
+                try:
+                    apart = self._attempt(exportable, signature, tracer, directory / MODEL)
+                except Exception as error:  # a tracer compiles foreign code and may raise anything
+                    failures.append(f"{signature.name} by {tracer}: {_first_line(error)}")
+                    logger.warning("ONNX export gave up one way and tries the next: %s", failures[-1])
+                else:
+                    return Traced(signature.name, tracer, apart, failures)
+        raise ArtifactError(f"this model could not be exported to ONNX. {'; '.join(failures)}")
+
+    def _attempt(self, exportable: Exportable, signature: Signature, tracer: str, path: Path) -> float:
+        """Trace, save and verify; return the difference to the module."""
+        module = exportable.module
+        with quiet():
+            _save_graph(TRACERS[tracer](module, signature, opset=self.config.opset), path)
+            runner = OnnxRunner(path.parent)
+        apart = difference(module, runner, exportable.samples, generates=generates(exportable))
+        if not apart <= self.config.max_difference:
+            limit = self.config.max_difference
+            raise ArtifactError(f"its logits differ by {apart:.1e} from the model's, {limit:.0e} is allowed")
+        return apart
+
+    def _quantize(self, exportable: Exportable, directory: Path) -> dict[str, Any]:
+        """Put the int8 graph in place of the exact one; return sizes and error, which must keep the limit."""
+        samples, exact_bytes = exportable.samples, _size(directory)
+        exact = OnnxRunner(directory).logits(samples)
+        with quiet():
+            to_int8(directory / MODEL)
+        error = relative_error(OnnxRunner(directory).logits(samples), exact, samples)
+        if not error <= self.config.max_relative_error:
+            raise ArtifactError(
+                f"int8 moves the logits by {error:.3f} of their norm, export.max_relative_error allows "
+                f"{self.config.max_relative_error}. Export without quantize, or raise the limit"
+            )
+        return {"type": "dynamic", "relative_error": error, "exact_bytes": exact_bytes, "bytes": _size(directory)}
+
+
+def _save_graph(model: onnx_ir.Model, path: Path) -> None:
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if weights > PROTOBUF_LIMIT else None)
+
+
+def _report(exportable: Exportable, traced: Traced, directory: Path) -> dict[str, Any]:
+    """Return what onnx_export.json says: enough to run the graph without reading it, and to tell how it was made."""
+    session = OnnxRunner(directory).session
+    opsets = onnx.load(directory / MODEL, load_external_data=False).opset_import
+    return {
+        "opset": next(entry.version for entry in opsets if entry.domain in ("", "ai.onnx")),
+        "graph": traced.graph,
+        "exporter": traced.tracer,
+        "difference": traced.difference,
+        "given_up": traced.failures,
+        "context_length": getattr(exportable.task, "context_length", None),
+        "inputs": {value.name: value.shape for value in session.get_inputs()},
+        "outputs": {value.name: value.shape for value in session.get_outputs()},
+        "versions": {library: metadata.version(library) for library in LIBRARIES},
+    }
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob(f"{MODEL}*"))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

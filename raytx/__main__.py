@@ -1,0 +1,5 @@
+"""`python -m raytx`."""
+
+from raytx.cli import main
+
+main()

@@ -1,0 +1,261 @@
+"""The command line: each command calls the function of the same name and shows what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from raytx import __version__
+from raytx.errors import RaytxError, RecipeError, did_you_mean
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+ADDRESS = click.option("--address", help="Ray cluster to join; a local one is started when it is left out.")
+VERBOSE = click.option("--verbose", is_flag=True, help="Let Ray's and DeepSpeed's own output through.")
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends with one message and exit code 2."""
+    try:
+        commands(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except RaytxError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="raytx")
+def commands() -> None:
+    """One recipe becomes a trained, exported and served transformer on Ray."""
+
+
+@commands.command()
+@click.argument("recipe")
+@OVERRIDES
+@ADDRESS
+@VERBOSE
+def train(recipe: str, overrides: tuple[str, ...], address: str | None, verbose: bool) -> None:
+    """Train RECIPE, or go on with its run, and publish its artifacts.
+
+    Values of the recipe are overridden by position: raytx train recipe.yaml optim.lr=1e-4 strategy.type=ddp
+    """
+    console = Console()
+    with _starting(console, verbose):
+        from raytx.plan import origins, resolve
+        from raytx.recipe import load, parse_overrides
+
+        plan = resolve(loaded := load(recipe, overrides), origins=origins(loaded, parse_overrides(overrides)))
+        from raytx import cluster
+        from raytx.train import fit
+
+        cluster.connect(address, verbose=verbose)
+    result = fit(plan, console=console)
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    console.print(f"done at step {result.steps}: {numbers or 'no held-out split'}", highlight=False)
+    console.print(f"report: {result.run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+    if result.artifacts:
+        directory = next(iter(result.artifacts.values()))
+        console.print(f"serve it: raytx serve {_short(directory)}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _starting(console: Console, verbose: bool) -> Iterator[None]:
+    """Show that something happens while libraries load and Ray starts; set how much of their output gets through."""
+    if verbose:
+        os.environ["RAYTX_VERBOSE"] = "1"
+    else:
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with console.status("starting Ray"):
+        yield
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@commands.command()
+@click.argument("recipe")
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what training RECIPE would do, without starting a process."""
+    from raytx.plan import origins, resolve, strategy_settings
+    from raytx.recipe import load, parse_overrides
+
+    resolved = resolve(loaded := load(recipe, overrides), origins=origins(loaded, parse_overrides(overrides)))
+    if as_json:
+        settings = {key: value for key, (value, _) in strategy_settings(resolved).items()}
+        click.echo(json.dumps(resolved.to_dict() | {"strategy_settings": settings}, indent=2))
+        return
+    from raytx.show import show_plan
+
+    show_plan(resolved, Console())
+
+
+@commands.command()
+@click.argument("recipe")
+@OVERRIDES
+@ADDRESS
+@VERBOSE
+def tune(recipe: str, overrides: tuple[str, ...], address: str | None, verbose: bool) -> None:
+    """Search over the values named in RECIPE's search section, or go on with that search."""
+    console = Console()
+    with _starting(console, verbose):
+        from raytx.recipe import load
+        from raytx.tune import tune as run
+
+        loaded = load(recipe, overrides)
+    run(loaded, address=address, verbose=verbose, console=console)
+
+
+@commands.command()
+@click.argument("checkpoint")
+def export(checkpoint: str) -> None:
+    """Export CHECKPOINT (or the chosen one of a run directory) again, as its recipe says."""
+    console = Console()
+    with console.status("exporting and replaying golden outputs"):
+        from raytx.export import export as run
+
+        exported = run(checkpoint)
+    for remark in exported.remarks:
+        console.print(remark, highlight=False, markup=False)
+
+
+@commands.command()
+@click.argument("artifact")
+@click.option("--host", help="Address to listen on; loopback when left out.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; 8000 when left out.")
+@click.option("--replicas", "num_replicas", type=click.IntRange(1), help="Processes that hold the model.")
+@ADDRESS
+@VERBOSE
+def serve(artifact: str, address: str | None, verbose: bool, **settings: Any) -> None:
+    """Serve ARTIFACT, a directory that training has published, over HTTP."""
+    from raytx.artifact import read
+
+    read(artifact)  # a wrong directory is told before Ray starts
+    console = Console()
+    with _starting(console, verbose):
+        from raytx.serve import serve as run
+    run(artifact, address=address, verbose=verbose, **{key: value for key, value in settings.items() if value is not None})
+
+
+@commands.command()
+@click.argument("recipe")
+@OVERRIDES
+@click.option("--address", default="http://127.0.0.1:8265", show_default=True, help="The cluster's job server.")
+@click.option("--working-dir", help="Directory uploaded with the recipe; the recipe's own when left out.")
+@click.option("--py-module", "py_modules", multiple=True, help="Plugin directory or wheel to upload; may be repeated.")
+@click.option("--no-wait", is_flag=True, help="Return when the job is accepted.")
+def submit(recipe: str, overrides: tuple[str, ...], address: str, no_wait: bool, **options: Any) -> None:
+    """Train RECIPE as a job on a cluster: check it here, upload it, follow its log, return its exit code."""
+    from raytx.submit import submit as run
+
+    sys.exit(run(recipe, address=address, overrides=overrides, wait=not no_wait, **options))
+
+
+@commands.command()
+@click.argument("example", default="quickstart")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+def init(example: str, output: Path | None, force: bool) -> None:
+    """Write a starter recipe: a copy of one of the examples."""
+    found = {path.name.removesuffix(".yaml"): path for path in examples().iterdir() if path.name.endswith(".yaml")}
+    if example not in found:
+        raise RecipeError(f"no example {example!r}.{did_you_mean(example, found)} There are: {', '.join(sorted(found))}")
+    target = output or Path(f"{example}.yaml")
+    if target.exists() and not force:
+        raise RecipeError(f"{target} exists; choose another name with --output or overwrite it with --force")
+    with resources.as_file(found[example]) as source:
+        shutil.copyfile(source, target)
+    click.echo(f"{target} written; next: raytx plan {target}, raytx train {target}")
+
+
+def examples() -> Any:
+    """Return the directory of example recipes: inside an installed package, or beside it in a source checkout."""
+    packaged = resources.files("raytx") / "examples"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "examples"
+
+
+@commands.command()
+@click.argument("kind", required=False)
+@click.argument("type_", metavar="[TYPE]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plugins(kind: str | None, type_: str | None, as_json: bool) -> None:
+    """List installed components, those of one KIND, or the fields of one component (KIND TYPE)."""
+    from raytx.schema import catalogue, describe
+
+    if kind and type_:
+        described = describe(kind, type_)
+        click.echo(json.dumps(described, indent=2)) if as_json else _show_component(described)
+        return
+    listed = catalogue()
+    if kind and kind not in listed["components"]:
+        kinds = list(listed["components"])
+        raise RecipeError(f"no kind {kind!r}.{did_you_mean(kind, kinds)} Kinds: {', '.join(kinds)}")
+    if kind:
+        listed["components"] = {kind: listed["components"][kind]}
+    click.echo(json.dumps(listed, indent=2)) if as_json else _show_catalogue(listed)
+
+
+def _show_catalogue(listed: dict[str, Any]) -> None:
+    table = Table(box=None, header_style="bold")
+    for title in ("kind", "type", "what it is", "plugin"):
+        table.add_column(title, overflow="fold")
+    for kind, components in listed["components"].items():
+        for component in components:
+            table.add_row(kind, component["type"], _escape(component["summary"]), component["plugin"])
+    console = Console()
+    console.print(table)
+    for plugin in listed["broken"]:
+        console.print(f"[bold red]broken[/] {plugin['name']} {plugin['version']}: {_escape(plugin['error'])}")
+
+
+def _show_component(described: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"[bold]{described['kind']} {described['type']}[/]  ({described['plugin']} {described['version']})\n"
+        f"{_escape(described['summary'])}\n",
+        highlight=False,
+    )
+    table = Table(box=None, header_style="bold")
+    for title in ("field", "type", "default", "meaning"):
+        table.add_column(title, overflow="fold")
+    for one in described["fields"]:
+        default = "required" if one.get("required") else json.dumps(one.get("default"))
+        table.add_row(one["name"], _escape(str(one["type"])), _escape(default), _escape(one.get("description") or ""))
+    console.print(table)
+
+
+@commands.command()
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write instead of printing.")
+def schema(output: Path | None) -> None:
+    """Print the JSON schema of recipes, installed plugins included, for completion in an editor."""
+    from raytx.schema import schema as make
+
+    text = json.dumps(make(), indent=2)
+    output.write_text(text + "\n") if output else click.echo(text)

@@ -1,0 +1,205 @@
+"""Export a checkpoint: consolidate, compress, save in public formats, replay against golden outputs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raytx import checkpoint
+from raytx.artifact import GOLDEN, Artifact, Golden, open_artifact, publish, replay
+from raytx.checkpoint import Checkpoint
+from raytx.components import Exportable, ExportConfig, Model
+from raytx.compress import Compressed, as_rows, compress
+from raytx.errors import ArtifactError, RecipeError
+from raytx.files import digest, write_json
+from raytx.plan import Plan
+from raytx.prepare import Samples
+from raytx.tasks.base import Task
+
+CONSOLIDATED_LIMIT = {"fp32": 1e-5, "bf16": 3e-2}
+"""Largest relative error between the trained engine's logits and those of the fp32 module made of its checkpoint.
+
+Under bf16 the engine's own logits are rounded (8 bits of mantissa, through every layer), so the limit is that of bf16.
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export left: artifact directories by type, and lines that tell a user about them."""
+
+    artifacts: dict[str, Path]
+    remarks: list[str]
+
+
+def export(path: str | Path) -> Exported:
+    """Export a checkpoint, or the chosen checkpoint of a run directory, as its recipe says.
+
+    Raises ArtifactError, publishing nothing of that form, when it disagrees with the golden outputs of training.
+    """
+    source = checkpoint.load(path)
+    plan = Plan.from_dict(source.plan)
+    if not plan.recipe.export:
+        raise RecipeError(f"{path}: its recipe exports nothing; add export: [{{type: hf}}] and train again")
+    model = plan.recipe.model.build()
+    task = model.task(source.processor)
+    module, golden = consolidate(source, model, plan)
+    compressed = compress(model.merged(module), model, task, golden=golden, plan=plan, held_out=_held_out(plan))
+    run_dir = source.directory.parent.parent
+    if compressed.measurements:
+        write_json(run_dir / "compression.json", as_rows(compressed.measurements))
+    artifacts: dict[str, Path] = {}
+    remarks = [_compression_line(row) for row in as_rows(compressed.measurements)]
+    for config in plan.recipe.export:
+        directory = run_dir / "artifacts" / config.type
+        difference = _export_one(config, directory, source, plan, model, task, compressed)
+        artifacts[config.type] = directory
+        remarks.append(f"{config.type}: {directory}, golden outputs reproduced to {difference:.1e}")
+    return Exported(artifacts, remarks + _demo(next(iter(artifacts.values())), source))
+
+
+def consolidate(source: Checkpoint, model: Model, plan: Plan) -> tuple[Any, Golden]:
+    """Build one whole module of a checkpoint's weights and hold it to what the trained engine answered.
+
+    Returns the module and the golden outputs for what follows: the engine's own in fp32, the module's under bf16.
+    """
+    module = model.module(source.processor)
+    model.assign(module, source.weights())
+    golden, runner = source.golden, model.runner(module)
+    error, limit = golden.relative_error(runner), CONSOLIDATED_LIMIT[plan.recipe.train.precision]
+    if not error <= limit:
+        raise ArtifactError(
+            f"{source.directory}: the consolidated weights answer otherwise than the trained model did (relative error "
+            f"{error:.1e}, {limit:.0e} is allowed); nothing is exported"
+        )
+    if plan.recipe.train.precision != "fp32":
+        golden = replace(golden, logits=runner.logits(golden.features))
+    return module, golden
+
+
+def _export_one(
+    config: ExportConfig,
+    directory: Path,
+    source: Checkpoint,
+    plan: Plan,
+    model: Model,
+    task: Task,
+    compressed: Compressed,
+) -> float:
+    """Save one form beside its place, replay it from there, and only then put it in place."""
+    staging = directory.with_name(f".{directory.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        exportable = Exportable(
+            model=model,
+            module=compressed.module,
+            task=task,
+            samples=compressed.golden.features,
+            card=card(plan, source, compressed),
+            compressors=compressed.compressors,
+        )
+        exporter = config.build()
+        exporter.save(exportable, staging)
+        runner = exporter.load(staging, model, compressed.compressors)
+        difference = replay(compressed.golden, runner, config, directory)
+        compressed.golden.save(staging / GOLDEN)
+        publish(staging, directory, _manifest(config, source, plan, task, compressed, difference))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return difference
+
+
+def _manifest(
+    config: ExportConfig, source: Checkpoint, plan: Plan, task: Task, compressed: Compressed, difference: float
+) -> Artifact:
+    recipe = plan.recipe
+    return Artifact(
+        name=recipe.name,
+        task=task.name,
+        model=recipe.model.model_dump(mode="json"),
+        exporter=config.model_dump(mode="json"),
+        compression=[step.model_dump(mode="json") for step in recipe.compression],
+        plugins=plan.plugins,
+        metrics=source.state.metrics,
+        golden_difference=difference,
+        lineage={
+            "run": recipe.name,
+            "step": source.step,
+            "checkpoint": source.directory.name,
+            "manifest": digest(source.manifest),
+            "plan": plan.fingerprint(),
+            "recipe": recipe.dump(),
+        },
+        files={},
+        labels=task.label_names(),
+        measured={"compression": as_rows(compressed.measurements)},
+    )
+
+
+def _held_out(plan: Plan) -> Samples | None:
+    path = Path(plan.prepared or "") / "test.arrow"
+    return Samples.open(path) if path.is_file() else None
+
+
+def _demo(directory: Path, source: Checkpoint) -> list[str]:
+    """Open the first artifact as a server would and let it answer a few held-out requests."""
+    predictor = open_artifact(directory)
+    lines = []
+    for request, shown in source.demo:
+        (response,) = predictor.predict([request])
+        lines.append(f"{shown}\n    -> {predictor.task.show(response)!r}")
+    return lines
+
+
+def _compression_line(row: dict[str, Any]) -> str:
+    change = "" if row["before"] is None else f", {row['metric']} {row['before']:.4f} -> {row['after']:.4f}"
+    return f"{row['type']}: relative error {row['relative_error']:.2e}, agreement {row['agreement']:.1%}{change}"
+
+
+def card(plan: Plan, source: Checkpoint, compressed: Compressed) -> str:
+    """Return the model card: YAML front matter for hubs, then what a reader needs to trust the model."""
+    recipe, task = plan.recipe, plan.recipe.model.task_class()
+    pipeline = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": pipeline.get(task.name, task.name),
+        "tags": ["raytx", recipe.model.type],
+        "metrics": sorted(source.state.metrics),
+    }
+    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in source.state.metrics.items()) or "| none | - |"
+    steps = "\n".join(f"- {_compression_line(row)}" for row in as_rows(compressed.measurements)) or "- none"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {recipe.name}
+
+Task {task.name}, {plan.size.parameters:,} parameters ({plan.size.trainable:,} trained), step {source.step} of {plan.steps}.
+
+## Evaluation (held-out split)
+
+| metric | value |
+|---|---|
+{metrics}
+
+## Compression
+
+{steps}
+
+## Reproduce
+
+Save the recipe below as `recipe.yaml` and run `raytx train recipe.yaml` (raytx {plan.version}). The numbers do not depend
+on the workers used: {plan.world_size} x {recipe.strategy.type} here.
+
+```yaml
+{recipe.to_yaml().strip()}
+```
+
+## Serve
+
+`raytx serve <this directory>` replays the golden outputs recorded in training before it answers the first request.
+"""

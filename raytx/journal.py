@@ -1,0 +1,161 @@
+"""The journal of a run: metrics.jsonl, TensorBoard events and the progress line, all from one stream of records."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from raytx.files import write_text
+
+METRICS = "metrics.jsonl"
+PLAIN_EVERY_S = 5.0
+"""Seconds between progress lines where the output is no terminal."""
+SPEED_WINDOW = 20
+
+Record = Mapping[str, Any]
+
+
+class Journal:
+    """Takes records in order. One row a step stays in metrics.jsonl: an attempt that resumes drops what it redoes."""
+
+    def __init__(self, run_dir: Path, *, total_steps: int, console: Console) -> None:
+        self.path = run_dir / METRICS
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+        self._events = _Events(run_dir / "tensorboard")
+        self._line = _Line(total_steps, console)
+        self._console = console
+
+    def __enter__(self) -> Journal:
+        self._line.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._line.stop()
+        self._file.close()
+        self._events.close()
+
+    def take(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record["kind"] in {"started", "resumed"}:
+                self._forget_after(record["step"])
+            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            self._events.add(record)
+            self._show(record)
+        self._file.flush()
+
+    def _forget_after(self, step: int) -> None:
+        """Drop rows of steps that will be done again."""
+        self._file.close()
+        kept = [line for line in rows(self.path) if line.get("step", 0) <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def _show(self, record: Record) -> None:
+        kind = record["kind"]
+        if kind == "step":
+            self._line.step(record)
+        elif kind == "eval":
+            numbers = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k not in {"kind", "step", "seconds"})
+            self._console.print(f"step {record['step']:>6}  held-out: {numbers}", highlight=False)
+        elif kind == "resumed":
+            self._console.print(f"resumed from checkpoint {record['checkpoint']} (step {record['step']})", highlight=False)
+        elif kind == "checkpoint":
+            self._console.print(f"step {record['step']:>6}  checkpoint {record['name']} committed", highlight=False)
+        elif kind == "remark":
+            self._console.print(f"[yellow]{record['text']}[/]", highlight=False)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics file; a last line cut short by a kill is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+class _Line:
+    """The progress line: a live bar in a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._console, self._total = console, total
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            _Eta(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("train", total=total, numbers="waiting for workers", eta="")
+        self._seconds: list[float] = []
+        self._last = 0.0
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def step(self, record: Record) -> None:
+        self._seconds = [*self._seconds[1 - SPEED_WINDOW :], record["seconds"]]
+        each = sorted(self._seconds)[len(self._seconds) // 2]
+        eta = _clock(each * (self._total - record["step"]))
+        numbers = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  lr {record['lr']:.1e}"
+        self._progress.update(self._task, completed=record["step"], numbers=numbers, eta=eta)
+        due = time.monotonic() - self._last >= PLAIN_EVERY_S or record["step"] == self._total
+        if not self._console.is_terminal and due:
+            self._last = time.monotonic()
+            self._console.print(f"step {record['step']:>6}/{self._total}  {numbers}  ETA {eta}", highlight=False)
+
+
+class _Eta(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        return Text(f"ETA {task.fields['eta']}" if task.fields["eta"] else "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Events:
+    """TensorBoard scalars, written without TensorFlow or torch; the writer makes its directory at the first record."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._writer = directory, None
+
+    def add(self, record: Record) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if record["kind"] not in {"step", "eval"}:
+            return
+        if self._writer is None:
+            self._writer = EventFileWriter(str(self._directory))
+        prefix = "train" if record["kind"] == "step" else "eval"
+        values = [
+            Summary.Value(tag=f"{prefix}/{key}", simple_value=value)
+            for key, value in record.items()
+            if isinstance(value, float) and math.isfinite(value)
+        ]
+        self._writer.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

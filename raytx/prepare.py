@@ -1,0 +1,204 @@
+"""Rows to features, once, on CPU, into a content-addressed cache that workers map into memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from raytx import __version__
+from raytx.components import Model, Source
+from raytx.errors import DataError
+from raytx.files import digest, read_json, write_json
+from raytx.plan import Plan
+from raytx.tasks.base import Features, Row, Task
+
+META = "prepared.json"
+BATCH = 1000
+REJECTED_SHOWN = 20
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared cache directory: processor/, train.arrow, test.arrow and what was found on the way."""
+
+    directory: Path
+    num_samples: dict[str, int]
+    num_targets: dict[str, int]
+    remarks: list[str]
+    baseline: dict[str, Any]
+    """What a model that learned only frequencies would score on the training samples: {"name", metric: value}."""
+
+    @property
+    def processor(self) -> Path:
+        return self.directory / "processor"
+
+    def samples(self, split: Split) -> Samples:
+        return Samples.open(self.directory / f"{split}.arrow")
+
+
+class Samples:
+    """The samples of one split, mapped into memory, addressed by index."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self.num_targets: np.ndarray = table["num_targets"].to_numpy()
+        lengths = [c for c in table.column_names if pa.types.is_list(table[c].type)]
+        self.lengths: np.ndarray = (
+            pc.list_value_length(table[lengths[0]]).to_numpy() if lengths else np.ones(len(table), dtype=np.int64)
+        )
+        """Tokens of each sample; 1 for samples that are no sequences."""
+
+    @classmethod
+    def open(cls, path: Path) -> Samples:
+        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> list[Features]:
+        rows: list[Features] = self._table.take(pa.array(indices, type=pa.int64())).to_pylist()
+        return rows
+
+
+def prepare(plan: Plan, console: Console) -> tuple[Plan, Prepared]:
+    """Find or make the prepared data of a plan; return the plan with steps settled, and the data."""
+    source: Source = plan.recipe.data.build()
+    key = digest(
+        {
+            "version": __version__,
+            "plugins": plan.plugins,
+            "source": source.fingerprint(),
+            "model": plan.recipe.model.model_dump(mode="json"),
+            "max_length": plan.recipe.train.max_length,
+        }
+    )
+    directory = plan.run_dir.parent / "cache" / key
+    if not (directory / META).is_file():
+        _make(plan, source, directory, console)
+    prepared = Prepared(directory=directory, **read_json(directory / META))
+    for remark in prepared.remarks:
+        console.print(f"[yellow]data:[/] {remark}", highlight=False)
+    return plan.with_data(directory=directory, num_samples=prepared.num_samples["train"]), prepared
+
+
+def _make(plan: Plan, source: Source, directory: Path, console: Console) -> None:
+    """Encode both splits into a staging directory and put it in place whole."""
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "processor").mkdir(parents=True)
+    try:
+        model: Model = plan.recipe.model.build()
+        with console.status("preparing data: reading rows and fitting the processor"):
+            model.fit(lambda: _checked(source, plan), staging / "processor", max_length=plan.recipe.train.max_length)
+        task = model.task(staging / "processor")
+        meta = _encode(task, source, staging, console)
+        write_json(staging / META, meta)
+        if not (directory / META).is_file():  # another process may have been first; its result is the same
+            shutil.rmtree(directory, ignore_errors=True)
+            staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _checked(source: Source, plan: Plan) -> Iterator[Row]:
+    """Yield training rows; raise DataError at the first that lacks a column the task needs."""
+    needed = plan.recipe.model.task_class().required_columns
+    for row in source.rows("train"):
+        if missing := [column for column in needed if column not in row]:
+            raise DataError(
+                f"data {plan.recipe.data.type!r}: rows have {', '.join(map(repr, row)) or 'no columns'}, task "
+                f"{plan.recipe.model.task_class().name!r} needs {', '.join(map(repr, missing))}. Map it: "
+                f"data.columns={{{missing[0]}: <column>}}"
+            )
+        yield row
+
+
+def _encode(task: Task, source: Source, staging: Path, console: Console) -> dict[str, Any]:
+    num_samples, num_targets, remarks = {}, {}, []
+    for split in ("train", "test"):
+        rejected: list[tuple[int, str]] = []
+        with console.status(f"preparing data: encoding the {split} split") as status:
+            rows = _counted(source.rows(split), lambda n, s=status, name=split: s.update(f"preparing data: {name} row {n:,}"))
+            features = task.features(rows, lambda index, reason, to=rejected: to.append((index, reason)))
+            useful = _supervised(features, lambda place, to=rejected: to.append((place, "no target")))
+            num_samples[split], num_targets[split] = _write(useful, staging / f"{split}.arrow")
+        if rejected:
+            remarks.append(_rejections(split, rejected))
+    if not num_samples["train"]:
+        raise DataError(f"the training split has no usable rows. {' '.join(remarks) or 'The source is empty.'}")
+    samples = Samples.open(staging / "train.arrow")
+    name, values = task.baseline(sample for start in range(0, len(samples), BATCH) for sample in samples[_range(start, samples)])
+    return {
+        "num_samples": num_samples,
+        "num_targets": num_targets,
+        "remarks": source.remarks() + remarks,
+        "baseline": {"name": name, **values},
+    }
+
+
+def _supervised(features: Iterator[Features], rejected: Any) -> Iterator[Features]:
+    """Leave out samples without a target: their mean loss is 0/0, and they teach nothing."""
+    for place, sample in enumerate(features):
+        if sample["num_targets"]:
+            yield sample
+        else:
+            rejected(place)
+
+
+def _range(start: int, samples: Samples) -> range:
+    return range(start, min(start + BATCH, len(samples)))
+
+
+def _counted(rows: Iterator[Row], tell: Any) -> Iterator[Row]:
+    for count, row in enumerate(rows):
+        if count % BATCH == 0:
+            tell(count)
+        yield row
+
+
+def _rejections(split: str, rejected: list[tuple[int, str]]) -> str:
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in rejected).most_common(5))
+    shown = ", ".join(str(index) for index, _ in rejected[:REJECTED_SHOWN])
+    more = " ..." if len(rejected) > REJECTED_SHOWN else ""
+    return f"{len(rejected)} rows of the {split} split were left out ({reasons}): rows {shown}{more}"
+
+
+def _write(features: Iterator[Features], path: Path) -> tuple[int, int]:
+    """Write encoded samples as an Arrow file; return how many, and how many targets they have."""
+    samples = targets = 0
+    first = next(features, None)
+    schema = _schema(first if first is not None else {"num_targets": 0})
+    with pa.ipc.new_file(str(path), schema) as writer:
+        for held in _groups(itertools.chain([] if first is None else [first], features)):
+            writer.write_table(pa.Table.from_pylist(held, schema=schema))
+            samples, targets = samples + len(held), targets + sum(sample["num_targets"] for sample in held)
+    return samples, targets
+
+
+def _groups(features: Iterator[Features]) -> Iterator[list[Features]]:
+    while held := list(itertools.islice(features, BATCH)):
+        yield held
+
+
+def _schema(sample: Features) -> pa.Schema:
+    """Return the Arrow schema of encoded samples; token ids fit 32 bits."""
+    return pa.schema([(key, _type(value)) for key, value in sample.items()])
+
+
+def _type(value: Any) -> pa.DataType:
+    if isinstance(value, list | tuple | np.ndarray):
+        return pa.list_(pa.int32() if not len(value) or isinstance(value[0], int | np.integer) else pa.float32())
+    return pa.float64() if isinstance(value, float) else pa.int64()

@@ -1,0 +1,123 @@
+"""Ray's private modules: every import from them is here, each with a word why, checked when a cluster is joined."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from raytx.errors import RaytxError
+
+USED = {
+    # loopback_only: Ray takes a machine's outside address for its own even when told 127.0.0.1
+    "ray._private.ray_constants": ("ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"),
+    # token mode is read once, when ray is imported; it must be read again after it was switched on
+    "ray._raylet": ("Config", "AuthenticationTokenLoader"),
+    # the public API sums free resources over nodes, but a bundle must fit on one
+    "ray._private.state": ("available_resources_per_node", "state"),
+    # placement groups of stopped trials: only the raw table says who made a group
+    "ray.core.generated.gcs_pb2": ("PlacementGroupTableData",),
+    # the trainer's own cleaner of placement groups needs the dashboard and stays behind without it
+    "ray.train.v2.api.data_parallel_trainer": ("PlacementGroupCleanerCallback",),
+    # the queue on which a trial's reports reach Tune
+    "ray.tune.integration.ray_train": ("TuneReportCallback",),
+}
+"""Private or developer names that raytx relies on, and why."""
+
+
+def self_check() -> None:
+    """Raise RaytxError when the installed Ray lacks a private name that raytx relies on."""
+    missing = [f"{module}.{name}" for module, names in USED.items() for name in names if not _has(module, name)]
+    if missing:
+        raise RaytxError(
+            f"Ray {ray.__version__} is not a version this raytx knows: it has no {', '.join(missing)}. "
+            "Install ray>=2.59,<2.62"
+        )
+
+
+def _has(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+@contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """Make a cluster that is started meanwhile know itself as 127.0.0.1, so that all its processes bind there.
+
+    `_node_ip_address="127.0.0.1"` does not do it: Ray replaces it with the machine's outside address and binds to all
+    interfaces. The switch that Ray has for Windows and macOS, where it keeps clusters on loopback, works on Linux too.
+    """
+    from ray._private import ray_constants
+
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    outer = os.environ.get(variable)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[variable] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(variable)
+        if outer is not None:
+            os.environ[variable] = outer
+
+
+def token_mode_is_open() -> bool:
+    """Tell whether a token is to be used: the user asked for it, or said nothing."""
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+
+
+def has_token() -> bool:
+    """Tell whether a token is at hand and the user did not turn it off."""
+    loader = importlib.import_module("ray._raylet").AuthenticationTokenLoader  # compiled, so without types
+    return token_mode_is_open() and bool(loader.instance().has_token(ignore_auth_mode=True))
+
+
+def use_token() -> None:
+    """Switch this process, and what it starts, to token mode."""
+    raylet = importlib.import_module("ray._raylet")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def available_resources_per_node() -> dict[str, dict[str, float]]:
+    """Return {node id: {resource: unreserved amount}} of the live nodes."""
+    from ray._private.state import available_resources_per_node as found
+
+    return {node: dict(resources) for node, resources in found().items()}
+
+
+def ownerless_placement_groups() -> list[Any]:
+    """Return the placement groups whose creating actor died: of trials that were stopped, workers and all.
+
+    A group that an actor made belongs to the job and outlives the actor. Its creator is only in the raw table.
+    """
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Data
+    from ray.util.placement_group import PlacementGroup
+
+    rows = [Data.FromString(raw) for raw in state._connect_and_get_accessor().get_placement_group_table()]
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    return [
+        PlacementGroup(ray.PlacementGroupID(row.placement_group_id))
+        for row in rows
+        if row.state != Data.REMOVED and row.creator_actor_dead and row.creator_job_id == job and not row.is_detached
+    ]
+
+
+def without_cleaner() -> None:
+    """Keep trainers of this process from starting their cleaner of placement groups; the search has its own reaper.
+
+    Theirs asks the dashboard whether the controller lives. Without one it frees nothing and stays, an idle process for
+    every trial.
+    """
+    from ray.train import UserCallback
+    from ray.train.v2.api import data_parallel_trainer
+
+    data_parallel_trainer.PlacementGroupCleanerCallback = UserCallback

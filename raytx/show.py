@@ -1,0 +1,102 @@
+"""Show a plan to a person: values and their origin, batch arithmetic, rank grid, settings, bytes, placement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from raytx.plan import Plan, strategy_settings
+
+MAX_RANKS_SHOWN = 64
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print everything that `raytx train` would do, top to bottom in the order in which it happens."""
+    console.print(f"[bold]{plan.recipe.name}[/] -> {plan.run_dir}\n", highlight=False, soft_wrap=True)
+    console.print(_values(plan))
+    console.print(f"\n[bold]batch[/]      {_batch(plan)}", highlight=False)
+    console.print(f"[bold]steps[/]      {_steps(plan)}", highlight=False)
+    console.print(f"[bold]placement[/]  {_placement(plan)}\n", highlight=False)
+    console.print(_grid(plan))
+    console.print()
+    console.print(_memory(plan))
+    if settings := strategy_settings(plan):
+        console.print(f"\n[bold]{plan.recipe.strategy.type} settings[/]")
+        console.print(_settings(settings))
+
+
+def _values(plan: Plan) -> Table:
+    table = Table(box=None, header_style="bold", title=None)
+    for title in ("key", "value", "from"):
+        table.add_column(title, overflow="fold")
+    for path, value in _leaves(plan.recipe.dump()):
+        origin = plan.origins.get(path) or plan.origins.get(path.rpartition(".")[0], "default")
+        style = "" if origin == "default" else "bold"
+        table.add_row(path, escape(json.dumps(value, ensure_ascii=False)), origin, style=style)
+    return table
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for place, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}.{place}")
+    else:
+        yield path, value
+
+
+def _batch(plan: Plan) -> str:
+    train, ranks = plan.recipe.train, plan.layout.data_parallel_size
+    return (
+        f"{train.global_batch_size} samples = {train.micro_batch_size} micro x {plan.gradient_accumulation_steps} "
+        f"accumulation x {ranks} data-parallel ranks; at most {train.global_batch_size * train.max_length:,} tokens"
+    )
+
+
+def _steps(plan: Plan) -> str:
+    if plan.steps is None:
+        return f"{plan.recipe.train.epochs or 1:g} epochs; counted when the data is prepared"
+    return f"{plan.steps:,}, warm-up {plan.warmup_steps:,}, learning rate {plan.recipe.optim.schedule}"
+
+
+def _placement(plan: Plan) -> str:
+    bundle = ", ".join(f"{name}: {amount:g}" for name, amount in plan.resources_per_worker.items())
+    return f"{plan.world_size} bundles of {{{bundle}}}, {plan.recipe.scaling.placement_strategy}"
+
+
+def _grid(plan: Plan) -> Table:
+    """The grid as Ray numbers ranks: consecutive ranks share a node."""
+    table = Table(box=None, header_style="bold")
+    for title in ("rank", "pipeline", "data", "tensor"):
+        table.add_column(title, justify="right")
+    for rank in range(min(plan.world_size, MAX_RANKS_SHOWN)):
+        place = plan.layout.coordinate(rank)
+        table.add_row(str(rank), str(place.pipeline), str(place.data), str(place.tensor))
+    if plan.world_size > MAX_RANKS_SHOWN:
+        table.add_row("...", "", "", "")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("bytes per rank")
+    table.add_column("bytes", justify="right")
+    for name, amount in plan.memory.to_dict().items():
+        table.add_row("activations (estimate)" if name == "activations" else name, f"{amount:,}")
+    return table
+
+
+def _settings(settings: dict[str, tuple[Any, str]]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for title in ("key", "value", "from"):
+        table.add_column(title, overflow="fold")
+    for key, (value, origin) in settings.items():
+        table.add_row(key, escape(json.dumps(value)), escape(origin))
+    return table

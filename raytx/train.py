@@ -1,0 +1,309 @@
+"""Train a recipe: one Ray Train run from prepared data to committed checkpoints, then artifacts and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from raytx import checkpoint, cluster, run, worker
+from raytx.errors import RaytxError, TrainingStopped
+from raytx.export import Exported
+from raytx.export import export as export_checkpoint
+from raytx.journal import Journal
+from raytx.plan import Plan, resolve
+from raytx.prepare import Prepared, prepare
+from raytx.recipe import Recipe, load
+from raytx.report import write_report
+
+QUEUE_LIMIT = 10_000
+"""Records that may wait for the driver; more are dropped, oldest first, rather than slow a step down."""
+FLUSH_S = 0.2
+COLLECTIVE_TIMEOUT_S = 600
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
+"""Variables of the driver that workers need; Ray passes on none by itself."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    run_dir: Path
+    steps: int
+    metrics: dict[str, float]
+    """The evaluation of the chosen checkpoint."""
+    checkpoint: Path
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    """Artifact directory of each export type."""
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    verbose: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Train a recipe, or continue its run, and publish its artifacts.
+
+    Starts a local Ray on loopback, or joins the cluster at `address`. Raises RaytxError for what a user can mend.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    plan = resolve(recipe)
+    cluster.connect(address, verbose=verbose)
+    return fit(plan, console=console or Console())
+
+
+def fit(
+    plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Console | None = None, export: bool = True
+) -> Result:
+    """Carry a plan out on the Ray that this process is connected to."""
+    console = console or Console(quiet=True)
+    run.check_same(plan)
+    plan, prepared = prepare(plan, console)
+    with run.own(plan) as run_dir:
+        _announce(plan, prepared, console)
+        if not _finished(plan):
+            cluster.wait_for(
+                plan.resources_per_worker,
+                num_workers=plan.world_size,
+                wait_s=plan.recipe.scaling.wait_s,
+                console=console,
+            )
+            _run_workers(plan, prepared, callbacks, console)
+        chosen = checkpoint.chosen(run_dir)
+        result = Result(run_dir, chosen.step, chosen.state.metrics, chosen.directory)
+        if export and plan.recipe.export:
+            result = replace(result, artifacts=_export(chosen.directory, plan, console))
+        write_report(run_dir)
+        return result
+
+
+def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
+    """Export in a process of its own on the cluster: it may need more memory than the driver's machine has."""
+    environment = _environment(plan)
+    task = ray.remote(num_cpus=1, runtime_env={"env_vars": environment}, max_retries=1)(export_checkpoint)
+    with console.status("exporting and replaying golden outputs"):
+        try:
+            exported: Exported = ray.get(task.remote(directory))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RaytxError):
+                raise error.cause from None
+            raise
+    for remark in exported.remarks:
+        console.print(remark, highlight=False, markup=False)
+    return exported.artifacts
+
+
+def _announce(plan: Plan, prepared: Prepared, console: Console) -> None:
+    """Say in one breath what is about to happen."""
+    recipe, layout = plan.recipe, plan.layout
+    name, values = prepared.baseline["name"], {k: v for k, v in prepared.baseline.items() if k != "name"}
+    console.print(f"[bold]{recipe.name}[/]  {plan.run_dir}", highlight=False)
+    console.print(
+        f"model {recipe.model.type}, {plan.size.parameters:,} parameters; "
+        f"{prepared.num_samples['train']:,} training and {prepared.num_samples['test']:,} held-out samples; "
+        f"{plan.steps:,} steps of {recipe.train.global_batch_size} samples; strategy {recipe.strategy.type} on "
+        f"{layout.world_size} worker{'s' if layout.world_size > 1 else ''}",
+        highlight=False,
+    )
+    numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+    console.print(f"to beat ({name}): {numbers}", highlight=False)
+
+
+def _finished(plan: Plan) -> bool:
+    newest = checkpoint.newest(plan.run_dir)
+    return newest is not None and newest.step == plan.steps
+
+
+def _run_workers(plan: Plan, prepared: Prepared, callbacks: Sequence[UserCallback], console: Console) -> None:
+    """Run the worker group to the plan's last step, restarting it as the failure policy says."""
+    assert plan.steps is not None
+    board = Board.remote()  # type: ignore[attr-defined]
+    _quieten()
+    fresh = checkpoint.newest(plan.run_dir) is None
+    with Journal(plan.run_dir, total_steps=plan.steps, console=console) as journal:
+        if fresh:
+            journal.take([{"kind": "started", "step": 0}, {"kind": "baseline", "step": 0, **prepared.baseline}])
+        with _relayed(board, journal), _interruptible():
+            outcome = _trainer(plan, board, callbacks).fit
+            state = _result(outcome, plan)
+    if "stopped" in state:
+        raise TrainingStopped(state["stopped"])
+
+
+def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> TorchTrainer:
+    recipe = plan.recipe
+    return TorchTrainer(
+        _worker_main,
+        train_loop_config={"plan": plan.to_dict(), "board": board},
+        torch_config=TorchConfig(
+            backend="nccl" if recipe.scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=plan.world_size,
+            use_gpu=recipe.scaling.use_gpu,
+            resources_per_worker=plan.resources_per_worker,
+            placement_strategy=recipe.scaling.placement_strategy,
+        ),
+        run_config=RunConfig(
+            # Checkpoints are raytx's own; what Ray keeps of a run is of this attempt alone, so it gets a new name.
+            name=f"{int(time.time())}-{os.getpid()}",
+            storage_path=str(plan.run_dir / ".ray"),
+            failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=10),
+            worker_runtime_env={"env_vars": _environment(plan)},
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    """Return the environment variables of this plan's processes, which must be set before they import torch."""
+    scaling = plan.recipe.scaling
+    return {
+        "OMP_NUM_THREADS": str(scaling.threads_per_worker),
+        "TOKENIZERS_PARALLELISM": "false",
+        **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        **plan.recipe.strategy.environment(use_gpu=scaling.use_gpu),
+    }
+
+
+def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    plan = Plan.from_dict(config["plan"])
+    rank = ray.train.get_context().get_world_rank()
+    with _sending(config["board"]) as log:
+        session = worker.Session(rank=rank, log=log, report=lambda metrics: ray.train.report(dict(metrics)))
+        try:
+            return {"step": worker.train(plan, session).step}
+        except TrainingStopped as stop:  # every rank stops at the same step; a restart would only repeat it
+            return {"stopped": str(stop)}
+
+
+def _result(fit: Callable[[], Any], plan: Plan) -> dict[str, Any]:
+    """Run Ray Train and return rank 0's result; turn its failures into one clear error, the first cause first."""
+    from ray.train import TrainingFailedError, WorkerGroupError
+
+    try:
+        state: dict[str, Any] = fit().return_value or {}
+        return state
+    except WorkerGroupError as error:
+        rank, cause = min(error.worker_failures.items())
+        if (original := _original(cause)) is not None:
+            raise original from None
+        raise RaytxError(
+            f"worker {rank} failed, and again after {plan.recipe.scaling.max_failures} restarts "
+            f"(scaling.max_failures). The first cause:\n{cause}\nThe same command goes on from the last checkpoint"
+        ) from error
+    except TrainingFailedError as error:
+        raise RaytxError(f"Ray Train gave up: {error}") from error
+
+
+def _original(error: BaseException) -> RaytxError | None:
+    """Find the RaytxError that a worker raised below the layers that carried it here."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RaytxError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None
+
+
+# ------------------------------------------------------------------------------- records from workers to the driver
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 leaves records and the driver collects them; ray.train.report would cost seconds a call."""
+
+    def __init__(self) -> None:
+        self._records: list[worker.Record] = []
+
+    def push(self, records: list[worker.Record]) -> None:
+        self._records = (self._records + records)[-QUEUE_LIMIT:]
+
+    def drain(self) -> list[worker.Record]:
+        records, self._records = self._records, []
+        return records
+
+
+@contextlib.contextmanager
+def _sending(board: Any) -> Iterator[Callable[[worker.Record], None]]:
+    """Give a log function that never blocks a step: a thread carries its records to the board."""
+    waiting: queue.Queue[worker.Record] = queue.Queue(QUEUE_LIMIT)
+    done = threading.Event()
+
+    def log(record: worker.Record) -> None:
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait(record)
+
+    def carry() -> None:
+        while not (done.wait(FLUSH_S) and waiting.empty()):
+            records = [waiting.get_nowait() for _ in range(waiting.qsize())]
+            if records:
+                ray.get(board.push.remote(records))
+
+    thread = threading.Thread(target=carry, name="raytx-log", daemon=True)
+    thread.start()
+    try:
+        yield log
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+@contextlib.contextmanager
+def _relayed(board: Any, journal: Journal) -> Iterator[None]:
+    """Carry the board's records into the journal while the block runs, and what is left at its end."""
+    done = threading.Event()
+
+    def relay() -> None:
+        while not done.wait(FLUSH_S):
+            journal.take(ray.get(board.drain.remote()))
+
+    thread = threading.Thread(target=relay, name="raytx-journal", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+        with contextlib.suppress(ray.exceptions.RayError):
+            journal.take(ray.get(board.drain.remote(), timeout=10))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Put back the SIGINT handler, which Ray Train replaces and leaves replaced."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _quieten() -> None:
+    """Poll workers often enough that a run ends when it is done; keep Ray's own words out of the user's."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    if not os.environ.get("RAYTX_VERBOSE"):
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+

@@ -1,0 +1,189 @@
+"""The training loop of one rank: build from the plan, restore, then step, evaluate and save to the end."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytx import checkpoint
+from raytx.artifact import Golden
+from raytx.batches import Batches, evaluation_batches
+from raytx.checkpoint import State
+from raytx.components import Engine, Microbatch
+from raytx.errors import TrainingStopped
+from raytx.files import read_json
+from raytx.plan import Plan
+from raytx.prepare import META, Prepared, Samples
+from raytx.tasks.base import Task
+
+GOLDEN_SAMPLES = 4
+DEMO_SAMPLES = 3
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop needs of the outside. Ray stands behind it in a run; tests put lists there."""
+
+    rank: int
+    log: Callable[[Record], None]
+    """Take a record for metrics.jsonl; must not block. Called on rank 0 only."""
+    report: Callable[[dict[str, float]], None]
+    """Take an evaluation's metrics. Called by every rank, equally often: Ray Train requires it."""
+
+
+def train(plan: Plan, session: Session) -> State:
+    """Train one rank's part of a plan to its last step and return the final state, the same on every rank."""
+    assert plan.prepared is not None
+    assert plan.steps is not None
+    prepared = Prepared(directory=Path(plan.prepared), **read_json(Path(plan.prepared) / META))
+    model = plan.recipe.model.build()
+    task = model.task(prepared.processor)
+    strategy = plan.recipe.strategy.build()
+    random.seed(plan.recipe.train.seed)
+    np.random.seed(plan.recipe.train.seed)
+    with strategy.init_context(plan.recipe.train.seed):
+        module = model.module(
+            prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing
+        )
+    for step in plan.recipe.compression:
+        module = step.build().prepare(module)
+    engine = strategy.engine(module, plan=plan, rank=session.rank)
+    batches = Batches(plan, task, prepared.samples("train"), dp_rank=plan.layout.dp_rank(session.rank))
+    loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"))
+    return loop.run(restore(engine, plan, session))
+
+
+def restore(engine: Engine, plan: Plan, session: Session) -> State:
+    """Load the newest complete checkpoint into the engine, the same on every rank; a fresh state when there is none."""
+    found = None
+    if session.rank == 0:
+        found = checkpoint.newest(plan.run_dir, tell=lambda text: session.log({"kind": "remark", "text": text}))
+    directory = engine.gather(str(found.directory) if found else None)[0]
+    if directory is None:
+        return State()
+    source = found or checkpoint.Checkpoint(Path(directory))
+    engine.load_tensors(source.read, step=source.step)
+    if session.rank == 0:
+        session.log({"kind": "resumed", "step": source.step, "checkpoint": source.directory.name})
+    return source.state
+
+
+class _Loop:
+    """The moving parts of one attempt."""
+
+    def __init__(
+        self, plan: Plan, session: Session, task: Task, engine: Engine, batches: Batches, held_out: Samples
+    ) -> None:
+        self.plan, self.session, self.task, self.engine = plan, session, task, engine
+        self.batches, self.held_out = batches, held_out
+        self.shown = held_out if len(held_out) else batches.samples
+
+    def run(self, state: State) -> State:
+        """Do the steps that are left. Evaluation comes before saving, so that a checkpoint knows its own metrics."""
+        assert self.plan.steps is not None
+        while state.step < self.plan.steps:
+            state = self.step(state)
+            if self._due(self.plan.recipe.evaluate.every, state.step):
+                state = self.evaluate(state)
+            if self._due(self.plan.recipe.save.every, state.step) or self._is_best(state):
+                self.save(state)
+        return state
+
+    def _is_best(self, state: State) -> bool:
+        """The best checkpoint is the one that gets published, so it is saved whenever it is found."""
+        return self.plan.recipe.save.keep == "best" and state.best_step == state.step
+
+    def step(self, state: State) -> State:
+        """Do one optimizer update and log it."""
+        started = time.monotonic()
+        lr = self.plan.lr(state.step)
+        metrics = self.engine.train_batch(self.batches.microbatches(state.step), lr=lr)
+        seconds = time.monotonic() - started
+        step = state.step + 1
+        if not all(map(math.isfinite, metrics.values())):
+            raise TrainingStopped(
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged. "
+                f"Samples of the batch: {self.batches.indices(state.step).tolist()[:64]}. Lower optim.lr, lengthen "
+                "optim.warmup or look at these samples"
+            )
+        if self.session.rank == 0:
+            tokens = self.batches.tokens(state.step)
+            samples = len(self.batches.indices(state.step))
+            self.session.log(
+                {"kind": "step", "step": step, "epoch": round(step / (self.plan.steps_per_epoch or 1), 4), **metrics}
+                | {"lr": lr, "tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds, "seconds": seconds}
+            )
+        return replace(state, step=step, seconds=state.seconds + seconds)
+
+    def evaluate(self, state: State) -> State:
+        """Measure the held-out split; remember the best."""
+        if not len(self.held_out):
+            return state
+        started = time.monotonic()
+        metrics = evaluate(self.engine, self.task, self.held_out, plan=self.plan, rank=self.session.rank)
+        if self.session.rank == 0:
+            self.session.log({"kind": "eval", "step": state.step, **metrics, "seconds": time.monotonic() - started})
+        epoch = state.step / (self.plan.steps_per_epoch or 1)
+        self.session.report({"step": state.step, "epoch": epoch, **metrics})
+        value = metrics[self.plan.metric]
+        if self.plan.better(value, state.best):
+            state = replace(state, best=value, best_step=state.step)
+        return replace(state, metrics=metrics)
+
+    def save(self, state: State) -> None:
+        """Commit a checkpoint and remove those that need not stay."""
+        started = time.monotonic()
+        run_dir = self.plan.run_dir
+        path = checkpoint.commit(
+            self.engine,
+            run_dir,
+            rank=self.session.rank,
+            plan=self.plan,
+            state=state,
+            golden=self.golden(),
+            demo=self.task.demo(self.shown[range(min(DEMO_SAMPLES, len(self.shown)))]),
+        )
+        if self.session.rank == 0:
+            checkpoint.retain(
+                run_dir, num_to_keep=self.plan.recipe.save.num_to_keep, best_step=state.best_step
+            )
+            seconds = time.monotonic() - started
+            self.session.log({"kind": "checkpoint", "step": state.step, "name": path.name, "seconds": seconds})
+
+    def golden(self) -> Golden:
+        """Record what the engine answers to a few samples, held-out ones where there are any."""
+        features = self.task.golden(self.shown[range(min(GOLDEN_SAMPLES, len(self.shown)))])
+        _, logits = self.engine.eval_batch(Microbatch(features, weight=1.0, seed=0), logits=True)
+        return Golden(features, logits if logits is not None else np.zeros(0, dtype=np.float32))
+
+    def _due(self, every: int | None, step: int) -> bool:
+        return step == self.plan.steps or (every is not None and step % every == 0)
+
+
+def evaluate(engine: Engine, task: Task, samples: Samples, *, plan: Plan, rank: int) -> dict[str, float]:
+    """Return the task's metrics over a split, from every rank's predictions; equal on all ranks. Collective."""
+    parts = []
+    batches = evaluation_batches(
+        task,
+        samples,
+        micro_batch_size=plan.recipe.train.micro_batch_size,
+        dp_rank=plan.layout.dp_rank(rank),
+        dp_size=plan.layout.data_parallel_size,
+        limit=plan.recipe.evaluate.max_samples,
+    )
+    for microbatch, targets in batches:
+        loss, logits = engine.eval_batch(microbatch, logits=task.needs_logits)
+        if targets:
+            parts.append(task.evaluation(microbatch.features, loss, logits, targets))
+    coordinate = plan.layout.coordinate(rank)
+    speaks = coordinate.tensor == 0 and coordinate.pipeline == plan.layout.pipeline_parallel_size - 1
+    gathered = engine.gather(parts if speaks else [])
+    return task.metrics([part for of_rank in gathered for part in of_rank])
