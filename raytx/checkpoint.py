@@ -132,10 +132,10 @@ def commit(engine: Engine, run_dir: Path, *, rank: int, plan: Plan, state: State
     Raises TrainingStopped on every rank when any of them cannot write (disk full, read-only storage); what is half
     written is removed and earlier checkpoints stay.
     """
-    target = run_dir / "checkpoints" / f"step-{state.step:08d}"
+    target = run_dir / "checkpoints" / _name(state.step)
     staging = target.with_name(f".{target.name}.staging")
     _agree(engine, target, _attempt(lambda: _stage(staging)) if rank == 0 else None)
-    _agree(engine, target, _attempt(lambda: _write_tensors(engine, staging, rank)))
+    _agree(engine, target, _write_tensors(engine, staging, rank))
     _agree(engine, target, _attempt(lambda: _seal(staging, target, plan, state, golden, demo)) if rank == 0 else None)
     return target
 
@@ -166,24 +166,18 @@ def _stage(staging: Path) -> None:
     staging.mkdir(parents=True)
 
 
-def _write_tensors(engine: Engine, staging: Path, rank: int) -> None:
-    """Write the tensors that this rank was handed, in files of bounded size.
+def _write_tensors(engine: Engine, staging: Path, rank: int) -> str | None:
+    """Write the tensors that this rank was handed, in files of bounded size; return why it could not, or None.
 
-    The engine's iteration is collective, so an error in writing must not end it: it is raised when all is iterated.
+    The engine's iteration is collective, so it goes on to its end after an error in writing.
     """
     writers = {"weights": _Shards(staging, "weights", rank), "optimizer": _Shards(staging, "optimizer", rank)}
-    failed: Exception | None = None
+    error: str | None = None
     for name, part, array in engine.tensors():
-        if array is None or failed:
-            continue
-        try:
-            writers["weights" if part == "weight" else "optimizer"].add(_key(name, part), array)
-        except Exception as error:
-            failed = error
-    if failed:
-        raise failed
-    for writer in writers.values():
-        writer.flush()
+        if array is not None and error is None:
+            writer = writers["weights" if part == "weight" else "optimizer"]
+            error = _attempt(lambda: writer.add(_key(name, part), array))  # noqa: B023  called at once
+    return error or _attempt(lambda: [writer.flush() for writer in writers.values()])
 
 
 class _Shards:
@@ -225,6 +219,10 @@ def _seal(staging: Path, target: Path, plan: Plan, state: State, golden: Golden,
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _key(name: str, part: Part) -> str:
@@ -278,14 +276,16 @@ def chosen(run_dir: Path) -> Checkpoint:
     if last is None:
         raise CheckpointError(f"{run_dir}: holds no complete checkpoint")
     if last.plan["recipe"]["save"]["keep"] == "best" and last.state.best_step is not None:
-        return load(run_dir / "checkpoints" / f"step-{last.state.best_step:08d}")
+        return load(run_dir / "checkpoints" / _name(last.state.best_step))
     return last
 
 
 def retain(run_dir: Path, *, num_to_keep: int | None, best_step: int | None) -> None:
     """Remove checkpoints beyond the newest num_to_keep, and staging left by killed attempts; the best one stays."""
     directories = complete(run_dir)
-    keep = {f"step-{best_step:08d}"} | {path.name for path in directories[:num_to_keep]}
+    keep = {path.name for path in directories[:num_to_keep]}
+    if best_step is not None:
+        keep.add(_name(best_step))
     for path in directories:
         if path.name not in keep:
             _remove(path)

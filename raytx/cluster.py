@@ -89,7 +89,11 @@ def wait_for(
             if now >= deadline:
                 raise ResourceError(f"waited {wait_s:g} s for {wanted}: {state}. {advice}, or raise scaling.wait_s")
             if console and now >= next_word:
-                console.print(f"waiting for {wanted}: {state}; giving up in {deadline - now:.0f} s", highlight=False)
+                console.print(
+                    f"waiting for {wanted}: {state}; giving up in {deadline - now:.0f} s",
+                    highlight=False,
+                    soft_wrap=True,
+                )
                 next_word = now + REPORT_EVERY_S
             time.sleep(min(0.5, deadline - now))
 
@@ -139,8 +143,8 @@ def _check_address(address: str) -> None:
         raise RaytxError(f"{address} is a job server's address. Send a recipe there with `raytx submit --address`")
     if address.startswith("ray://"):
         raise RaytxError(
-            f"{address}: Ray Client is not for training, a lost connection loses the run. On one of the cluster's nodes "
-            "use its own address (host:6379), elsewhere `raytx submit`"
+            f"{address}: Ray Client is not for training, as a lost connection loses the run. Use the cluster's address "
+            "(host:6379) on one of its nodes, or `raytx submit` from elsewhere"
         )
     host, separator, port = address.rpartition(":")
     if not separator:
@@ -159,7 +163,7 @@ def _start(*, dashboard: bool, verbose: bool, num_cpus: int | None) -> None:
         _private_token()
         ray_internals.use_token()
     try:
-        with ray_internals.loopback_only(), _environment(_LOCAL_ENVIRONMENT):
+        with ray_internals.loopback_only(), environment(_LOCAL_ENVIRONMENT):
             context = ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -184,7 +188,7 @@ _LOCAL_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables that are not set yet while Ray's processes, which inherit them, are started."""
     mine = {key: value for key, value in values.items() if key not in os.environ}
     os.environ.update(mine)

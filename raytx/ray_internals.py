@@ -23,6 +23,8 @@ USED = {
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData",),
     # the trainer's own cleaner of placement groups needs the dashboard and stays behind without it
     "ray.train.v2.api.data_parallel_trainer": ("PlacementGroupCleanerCallback",),
+    # trials are named by a random word; a search that is begun again must find the runs it has
+    "ray.tune.search.basic_variant": ("BasicVariantGenerator",),
     # the queue on which a trial's reports reach Tune
     "ray.tune.integration.ray_train": ("TuneReportCallback",),
 }
@@ -103,11 +105,13 @@ def ownerless_placement_groups() -> list[Any]:
     from ray.util.placement_group import PlacementGroup
 
     rows = [Data.FromString(raw) for raw in state._connect_and_get_accessor().get_placement_group_table()]
-    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    job, nobody = bytes.fromhex(ray.get_runtime_context().get_job_id()), ray.ActorID.nil().binary()
     return [
         PlacementGroup(ray.PlacementGroupID(row.placement_group_id))
         for row in rows
-        if row.state != Data.REMOVED and row.creator_actor_dead and row.creator_job_id == job and not row.is_detached
+        # Ray calls the creator dead, too, where a driver made the group and no actor
+        if row.creator_actor_dead and row.creator_actor_id not in (b"", nobody)
+        if row.creator_job_id == job and row.state != Data.REMOVED and not row.is_detached
     ]
 
 
@@ -121,3 +125,10 @@ def without_cleaner() -> None:
     from ray.train.v2.api import data_parallel_trainer
 
     data_parallel_trainer.PlacementGroupCleanerCallback = UserCallback
+
+
+def numbered(samples: Any) -> Any:
+    """Name the trials of a sample generator trial_00000 and so on, the same whenever a search begins."""
+    assert hasattr(samples, "_uuid_prefix")
+    samples._uuid_prefix = "trial_"
+    return samples

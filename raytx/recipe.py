@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
 from raytx.components import (
-    CompressionConfig,
     Component,
+    CompressionConfig,
     DataConfig,
     ExportConfig,
     ModelConfig,
@@ -25,7 +25,11 @@ from raytx.sections import Evaluate, Optim, Save, Scaling, Search, Section, Serv
 MAX_NODES = 100_000
 """Values a recipe may expand to. A few lines of YAML aliases can stand for millions."""
 
-C = TypeVar("C", bound=Component)
+PLAIN = {
+    **dict.fromkeys(("model_type", "dict_type", "mapping_type"), "must be a mapping of keys to values"),
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
+}
+"""What pydantic says in the words of Python, in those of YAML."""
 
 
 def _component(kind: str) -> BeforeValidator:
@@ -74,18 +78,20 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that loads to an equal recipe; values left at their default are left out."""
-        plain = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.dump(self._set_values(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def _set_values(self) -> dict[str, Any]:
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)
         for name in ("model", "data", "strategy"):
             _keep_type(plain, name, getattr(self, name))
         for name in ("compression", "export"):
             for place, component in enumerate(getattr(self, name)):
                 plain[name][place] = {"type": component.type, **plain[name][place]}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return plain
 
     def override(self, values: Mapping[str, Any]) -> Recipe:
         """Return a recipe with dotted paths replaced; raise RecipeError for unknown ones."""
-        plain = yaml.safe_load(self.to_yaml())
-        return parse(apply(plain, values), where="override")
+        return parse(apply(self._set_values(), values), where="override")
 
 
 def _keep_type(plain: dict[str, Any], name: str, component: Component) -> None:
@@ -106,21 +112,21 @@ def read(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe file. `raytx init` writes a starter recipe")
     try:
         text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
+        data = _yaml(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    _bound(data, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this is {_kind_of(data)}")
-    _bound(data, path)
     return data
 
 
 def parse(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """Validate plain data into a recipe; raise RecipeError with every mistake, its path and the nearest name."""
     try:
-        return Recipe.model_validate(_floats(data))
+        return Recipe.model_validate(_copy(data))
     except ValidationError as error:
         raise RecipeError(explain(error, where=where, data=data)) from None
 
@@ -133,16 +139,22 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not separator or not path.strip():
             raise RecipeError(f"override {text!r}: must be key.path=value, for example optim.lr=1e-4")
         try:
-            values[path.strip()] = yaml.safe_load(value)
+            values[path.strip()] = _yaml(value)
         except yaml.YAMLError as error:
-            raise RecipeError(f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+            raise RecipeError(
+                f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}"
+            ) from None
+        _bound(values[path.strip()], f"override {path.strip()}")
     return values
 
 
 def apply(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain data with dotted paths set; list items are addressed by index (export.0.opset)."""
-    result = _copy(data)
-    for path, value in values.items():
+    """Return plain data with dotted paths set; list items are addressed by index (export.0.opset).
+
+    A component's type is set before its fields, in whatever order they are given.
+    """
+    result: dict[str, Any] = _copy(data)
+    for path, value in sorted(values.items(), key=lambda item: not item[0].endswith(".type")):
         *parents, last = path.split(".")
         place: Any = result
         for depth, key in enumerate(parents):
@@ -177,26 +189,42 @@ def _copy(value: Any) -> Any:
     return [_copy(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a key stands once, and 2e-5 is a number as in YAML 1.2 (1.1 wants 2.0e-5)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.YAMLError(f"key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep=deep)
 
 
-def _floats(value: Any) -> Any:
-    """YAML 1.1 reads 2e-5 as text (it wants 2.0e-5); nobody writing a learning rate means text."""
-    if isinstance(value, Mapping):
-        return {key: _floats(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_floats(inner) for inner in value]
-    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that _Loader would read as numbers."""
 
 
-def _bound(data: Any, path: Path) -> None:
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def _bound(data: Any, where: str) -> None:
     """Refuse YAML whose aliases expand to more than anybody wrote."""
     pending, seen = [data], 0
     while pending:
         value = pending.pop()
         seen += 1
         if seen > MAX_NODES:
-            raise RecipeError(f"{path}: expands to more than {MAX_NODES} values; are YAML aliases nested?")
+            raise RecipeError(f"{where}: expands to more than {MAX_NODES} values; are YAML aliases nested?")
         if isinstance(value, dict):
             pending.extend(value.values())
         elif isinstance(value, list):
@@ -209,17 +237,38 @@ def _kind_of(value: Any) -> str:
 
 def explain(error: ValidationError, *, where: str, data: Any) -> str:
     """Return one line per mistake: its path, what is wrong, what is allowed, the nearest name."""
-    lines = [_explain_one(problem, data) for problem in error.errors()]
+    problems = [(_keys(problem, data), problem) for problem in error.errors()]
+    deepest = [problem for keys, problem in problems if not _is_other_choice(keys, problem, [k for k, _ in problems])]
+    lines = [_explain_one(problem, data) for problem in deepest]
     unique = list(dict.fromkeys(lines))
     count = "1 mistake" if len(unique) == 1 else f"{len(unique)} mistakes"
     return f"{where}: {count}\n" + "\n".join(f"  {line}" for line in unique)
 
 
+def _keys(problem: Any, data: Any) -> tuple[Any, ...]:
+    """Return a problem's place in the recipe. Pydantic adds the names of a union's choices, which are no keys."""
+    keys = []
+    for part in problem["loc"]:
+        known = data if isinstance(data, Mapping) else range(len(data)) if isinstance(data, list | tuple) else ()
+        inside = part in known
+        if inside:
+            data = data[part]
+        if inside or (problem["type"] == "missing" and part == problem["loc"][-1]):
+            keys.append(part)
+    return tuple(keys)
+
+
+def _is_other_choice(keys: tuple[Any, ...], problem: Any, all_keys: Sequence[tuple[Any, ...]]) -> bool:
+    """Tell "this should be text" of a section in which a mistake was found: whoever writes a section means one."""
+    deeper = any(len(other) > len(keys) and other[: len(keys)] == keys for other in all_keys)
+    return deeper and isinstance(problem.get("input"), Mapping)
+
+
 def _explain_one(problem: Any, data: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
+    path = ".".join(str(key) for key in _keys(problem, data))
+    message = PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1], data)
+        known = _fields_at(_keys(problem, data)[:-1], data)
         return f"{path}: unknown key.{did_you_mean(str(problem['loc'][-1]), known)} Allowed: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{path}: must be given"
@@ -230,17 +279,16 @@ def _explain_one(problem: Any, data: Any) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _fields_at(location: Sequence[Any], data: Any) -> list[str]:
+def _fields_at(keys: Sequence[Any], data: Any) -> list[str]:
     """Return the keys allowed at a place of the recipe, following components by the type the data names."""
-    model: Any = Recipe
-    for part in location:
-        data = data.get(part) if isinstance(data, Mapping) else data[part]
-        kind = part if isinstance(part, str) else kind
-        if kind in registry().components:
-            if isinstance(data, Mapping) and isinstance(data.get("type"), str):
-                model = registry().components[kind].get(data["type"], model)
-        elif isinstance(model, type) and part in model.model_fields:
-            model = _section_of(model.model_fields[part].annotation) or model
+    model: type[Section] = Recipe
+    for depth, key in enumerate(keys):
+        data = data[key]
+        of_kind = registry().components.get(keys[0], {})
+        if of_kind and isinstance(data, Mapping) and (depth == 0 or isinstance(key, int)):
+            model = of_kind.get(str(data.get("type")), model)
+        elif key in model.model_fields:
+            model = _section_of(model.model_fields[key].annotation) or model
     return list(model.model_fields)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -60,7 +60,7 @@ class Registry:
         if isinstance(value, Component):
             return value
         if not isinstance(value, dict):
-            raise PydanticCustomError("component", "must be a mapping with a 'type', such as {{type: ...}}")
+            raise PydanticCustomError("component", "must be a mapping with a 'type', such as {type: ...}")
         if "type" not in value:
             known = ", ".join(sorted(self.components[kind]))
             raise PydanticCustomError("component", "has no 'type'; allowed: {known}", {"known": known})
@@ -121,27 +121,50 @@ def _register(manager: pluggy.PluginManager, entry_point: metadata.EntryPoint) -
     if api != hookspecs.API_VERSION:
         return f"it was written for plugin API {api!r}; this raytx has {hookspecs.API_VERSION} (set RAYTX_API)"
     known = {f"raytx_{kind}" for kind in KINDS}
-    for name in vars(module):
-        marked = getattr(getattr(module, name), "raytx_impl", None)
-        if marked is not None and name not in known:
+    marked = [name for name, value in vars(module).items() if getattr(value, "raytx_impl", None) is not None]
+    for name in marked:
+        if name not in known:
             return f"{name!r} is no hook of raytx.{did_you_mean(name, known)}"
-    manager.register(module, name=entry_point.name)
+    if not marked:
+        return f"it implements no hook; mark one of {', '.join(sorted(known))} with @raytx.hookimpl"
+    try:
+        manager.register(module, name=entry_point.name)
+    except pluggy.PluginValidationError as error:
+        return " ".join(str(error).split())
     return None
 
 
 def _collect(manager: pluggy.PluginManager, plugins: dict[str, Plugin]) -> Registry:
-    components: dict[str, dict[str, type[Component]]] = {kind: {} for kind in KINDS}
-    owners: dict[tuple[str, str], str] = {}
-    for kind in KINDS:
-        for implementation in getattr(manager.hook, f"raytx_{kind}").get_hookimpls():
-            for config in implementation.function():
-                type_ = config.model_fields["type"].default
-                if (other := owners.get((kind, type_))) is not None:
-                    raise PluginError(
-                        f"plugins {other!r} and {implementation.plugin_name!r} both provide the {kind} component "
-                        f"{type_!r}; uninstall one of them, or load only the ones you want with "
-                        "RAYTX_DISABLE_PLUGIN_AUTOLOAD=1 and RAYTX_PLUGINS=name,name"
-                    )
-                components[kind][type_] = config
-                owners[kind, type_] = implementation.plugin_name
-    return Registry(plugins=plugins, components=components, owners=owners)
+    found = Registry(plugins=plugins, components={kind: {} for kind in KINDS})
+    for name, module in manager.list_name_plugin():
+        try:
+            provided = [(kind, config) for kind in KINDS for config in _provided(module, kind)]
+        except Exception as error:  # as in _register
+            plugins[name] = replace(plugins[name], error=f"{type(error).__name__}: {error}")
+            continue
+        for kind, config in provided:
+            _add(found, kind, config, owner=name)
+    return found
+
+
+def _provided(module: Any, kind: str) -> list[type[Component]]:
+    """Return the components of a kind that a plugin's hook gives; raise TypeError when it gives something else."""
+    hook = getattr(module, f"raytx_{kind}", None)
+    configs = list(hook()) if hook is not None else []
+    for config in configs:
+        if not (isinstance(config, type) and issubclass(config, Component) and config.kind == kind):
+            raise TypeError(f"raytx_{kind} returned {config!r}, which is no {kind.capitalize()}Config class")
+        if not isinstance(config.model_fields["type"].default, str):
+            raise TypeError(f'{config.__name__} has no name; declare `type: Literal["name"] = "name"`')
+    return configs
+
+
+def _add(registry: Registry, kind: str, config: type[Component], *, owner: str) -> None:
+    type_ = config.model_fields["type"].default
+    if (other := registry.owners.get((kind, type_))) is not None:
+        raise PluginError(
+            f"plugins {other!r} and {owner!r} both provide the {kind} component {type_!r}; uninstall one of them, or "
+            "load only the ones you want with RAYTX_DISABLE_PLUGIN_AUTOLOAD=1 and RAYTX_PLUGINS=name,name"
+        )
+    registry.components[kind][type_] = config
+    registry.owners[kind, type_] = owner

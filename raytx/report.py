@@ -168,7 +168,7 @@ def _tiles(run: Run) -> str:
 def _evaluation_rows(run: Run) -> list[Record]:
     """Return the evaluations, and below them what the model had to beat."""
     named = [{"step": record.get("name", "baseline"), **record} for record in run.baselines]
-    hidden = {"kind", "name", "time"}
+    hidden = {"kind", "name", "time", "seconds"}
     return [{key: value for key, value in row.items() if key not in hidden} for row in (*run.evaluations, *named)]
 
 

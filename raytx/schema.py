@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from typing import Any
 
 from raytx.components import KINDS, Component
@@ -55,15 +56,10 @@ def _definitions(name: str, config: type[Component]) -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, Any]:
-    """Return what `raytx plugins` prints: {kind: [components]}, and "broken": plugins that could not be loaded."""
-    listed: dict[str, Any] = {
-        kind: [_headline(kind, config) for _, config in sorted(registry().components[kind].items())] for kind in KINDS
-    }
-    broken = [
-        {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version, "reason": plugin.error}
-        for plugin in registry().broken
-    ]
-    return listed | {"broken": broken}
+    """Return what `raytx plugins` prints: "components" by kind, and "broken", the plugins that could not be loaded."""
+    found = registry().components
+    listed = {kind: [_headline(kind, config) for _, config in sorted(found[kind].items())] for kind in KINDS}
+    return {"components": listed, "broken": [asdict(plugin) for plugin in registry().broken]}
 
 
 def describe(kind: str, type_: str) -> dict[str, Any]:

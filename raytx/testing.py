@@ -34,7 +34,7 @@ from raytx.components import KINDS, Component, Exportable, Model
 from raytx.errors import RaytxError
 from raytx.layout import Layout
 from raytx.recipe import Recipe, parse
-from raytx.registry import Registry, load, registry
+from raytx.registry import Registry, registry
 from raytx.tasks.base import IGNORED, Features, Row, Runner, Task
 
 HEAVY = ("torch", "ray", "transformers", "datasets", "deepspeed", "peft", "onnx", "onnxruntime", "tensorflow", "jax")
@@ -105,6 +105,33 @@ def _scratch() -> Path:
     for place, row in enumerate(tiny_rows()):
         (directory / "texts" / f"{place:03}.txt").write_text(row["text"], encoding="utf-8")
     return directory
+
+
+class FakeTokenizer:
+    """A tokenizer without files: a token for each UTF-8 byte, then end of sequence (256) and padding (257)."""
+
+    eos_token_id = 256
+    pad_token_id = 257
+
+    def __len__(self) -> int:
+        return 258
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [*text.encode(), *([self.eos_token_id] if add_special_tokens else [])]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
+
+    def __call__(
+        self, text: str, text_pair: str | None = None, *, truncation: bool, max_length: int
+    ) -> dict[str, list[int]]:
+        ids = self.encode(text) + (self.encode(text_pair) if text_pair else [])
+        return {"input_ids": ids[:max_length], "attention_mask": [1] * len(ids[:max_length])}
+
+    def pad(self, samples: Sequence[Features], return_tensors: str) -> dict[str, np.ndarray]:
+        width = max(len(sample["input_ids"]) for sample in samples)
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0}
+        return {k: np.array([s[k] + [fill] * (width - len(s[k])) for s in samples]) for k, fill in fills.items()}
 
 
 @dataclass(frozen=True)
@@ -606,7 +633,9 @@ def _check_in_own_process(config: Any) -> None:
     )
     if done.returncode:
         # torch writes a traceback's lines behind "[rank0]: " where there is a group
-        told = [line.partition("AssertionError: ")[2] for line in done.stderr.splitlines() if "AssertionError: " in line]
+        told = [
+            line.partition("AssertionError: ")[2] for line in done.stderr.splitlines() if "AssertionError: " in line
+        ]
         raise AssertionError(told[-1] if told else f"{config.kind} {config.type!r}: {done.stderr[-4000:]}")
 
 
@@ -733,6 +762,7 @@ def _check_state(config: Any, bench: _Bench) -> None:
 
 __all__ = [
     "FakeEntryPoint",
+    "FakeTokenizer",
     "check_component",
     "check_compression",
     "check_config",
@@ -743,7 +773,6 @@ __all__ = [
     "check_strategy",
     "fake_plugin",
     "installed",
-    "load",
     "tiny_model",
     "tiny_recipe",
     "tiny_rows",

@@ -167,7 +167,7 @@ def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> Torch
             storage_path=str(plan.run_dir / ".ray"),
             failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=10),
             worker_runtime_env={"env_vars": _environment(plan)},
-            callbacks=list(callbacks),
+            callbacks=[TellFailures(board), *callbacks],
         ),
     )
 
@@ -240,6 +240,19 @@ class Board:
     def drain(self) -> list[worker.Record]:
         records, self._records = self._records, []
         return records
+
+
+class TellFailures(UserCallback):  # type: ignore[misc]
+    """Tells the user why workers are restarted, when it happens."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        rank, error = min(worker_exceptions.items())
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        text = f"worker {rank} failed ({last}); restarting all workers from the last checkpoint"
+        self._board.push.remote([{"kind": "remark", "text": text}])
 
 
 @contextlib.contextmanager

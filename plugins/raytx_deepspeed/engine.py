@@ -82,6 +82,8 @@ class DeepSpeedEngine:
         self._sharded = stage > 0 or plan.recipe.train.precision == "bf16"
         """Whether DeepSpeed holds fp32 masters apart from the module's parameters."""
         self._norm = 0.0
+        if self._sharded:
+            self._materialise()
 
     # ---- steps
 
@@ -156,7 +158,6 @@ class DeepSpeedEngine:
             state["step"] = torch.tensor(float(step))
 
     def _load_sharded(self, read: Callable[[str, Part], np.ndarray]) -> None:
-        self._materialise()
         for name, parameter in self._trained.items():
             weight = torch.from_numpy(read(name, "weight")).to(self._engine.device)
             safe_set_full_fp32_param(parameter, weight)
@@ -179,15 +180,25 @@ class DeepSpeedEngine:
                 parameter.data.copy_(weight)
 
     def _materialise(self) -> None:
-        """ZeRO creates Adam's moments in its first step; loading needs them before."""
+        """Create Adam's moments, as zeros, before the first step.
+
+        ZeRO links parameters to their moments once, after the first of its parameter groups has stepped, when the others
+        have none yet: without this the moments of all but the first group could not be read or set.
+        """
         base = self._base()
-        for group in base.param_groups:
-            for parameter in group["params"]:
-                for part in MOMENTS:
-                    base.state[parameter].setdefault(part, torch.zeros_like(parameter))
-                base.state[parameter].setdefault("step", torch.tensor(0.0))
+        for partition in self._partitions():
+            base.state[partition] = {
+                "step": torch.tensor(0.0),
+                **{part: torch.zeros_like(partition) for part in MOMENTS},
+            }
         if self._stage < 3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """This rank's flat fp32 masters, to which the base optimizer's state belongs."""
+        if self._stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [partition for group in self._base().param_groups for partition in group["params"]]
 
     def _base(self) -> torch.optim.Optimizer:
         optimizer = self._engine.optimizer

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
-from torch import nn
-
 from raytx.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,6 +15,8 @@ TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 def adapted(module: Any, lora: LoRA, *, task: str) -> Any:
     """Return the module with adapters on, everything else frozen; raise RecipeError where no layer has that name."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         task_type=TASK_TYPES[task],
         r=lora.r,
@@ -34,20 +32,21 @@ def adapted(module: Any, lora: LoRA, *, task: str) -> Any:
 
 def merged(module: Any) -> Any:
     """Return the base with its adapters merged; a merge that gives NaN is an error, not a model."""
-    return module.merge_and_unload(safe_merge=True) if isinstance(module, PeftModel) else module
+    return module.merge_and_unload(safe_merge=True) if hasattr(module, "merge_and_unload") else module
 
 
 def _targets(module: Any, lora: LoRA) -> list[str] | str | None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+
     if lora.target_modules is None:
         return None if module.config.model_type in USUAL else "all-linear"
     if isinstance(lora.target_modules, str):
         return lora.target_modules
-    names = {name.rpartition(".")[2] for name, layer in module.named_modules() if not isinstance(layer, nn.ModuleList)}
+    layers = {name.rpartition(".")[2] for name, layer in module.named_modules() if hasattr(layer, "weight")}
     for target in lora.target_modules:
-        if target.rpartition(".")[2] not in names:
-            linear = sorted({n.rpartition(".")[2] for n, layer in module.named_modules() if hasattr(layer, "weight")})
+        if target.rpartition(".")[2] not in layers:
             raise RecipeError(
-                f"model.adapter.target_modules: the model has no layer {target!r}.{did_you_mean(target, linear)} "
-                f"Allowed: {', '.join(linear)}"
+                f"model.adapter.target_modules: the model has no layer {target!r}.{did_you_mean(target, layers)} "
+                f"Allowed: {', '.join(sorted(layers))}"
             )
     return list(lora.target_modules)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raytx.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
+
+transformers.utils.logging.disable_progress_bar()  # its bars would break the host's own progress line
 
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -31,6 +34,15 @@ def base_config(model: HFModel) -> PreTrainedConfig:
     if type(config) not in auto_class(model.task)._model_mapping and not hasattr(config, "auto_map"):
         raise RecipeError(f"model: transformers has no {config.model_type!r} model for task {model.task!r}")
     return config
+
+
+def check_attention(model: HFModel) -> None:
+    """Raise RecipeError for the name of a kernel that transformers does not know; owner/name is one on the hub."""
+    name, known = model.attn_implementation, ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and name not in known and "/" not in name:
+        raise RecipeError(
+            f"model.attn_implementation: no kernel {name!r}.{did_you_mean(name, known)} Allowed: {', '.join(known)}"
+        )
 
 
 def from_config(model: HFModel, config: PreTrainedConfig) -> PreTrainedModel:

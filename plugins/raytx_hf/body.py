@@ -14,6 +14,7 @@ from raytx.errors import CheckpointError, RecipeError
 from raytx.tasks.base import Row, Runner, Task
 from raytx_hf import adapter
 from raytx_hf.architecture import auto_class, base_config, from_config, from_pretrained
+from raytx_hf.packing import check_packing
 from raytx_hf.runner import TorchRunner
 from raytx_hf.tokenizer import fitted, opened
 
@@ -29,10 +30,12 @@ class HFBody:
 
     def fit(self, rows: Callable[[], Iterator[Row]], directory: Path, *, max_length: int) -> None:
         config = base_config(self.config)
-        _check_length(config, max_length)
-        tokenizer = fitted(self.config, rows, vocab_size=config.get_text_config().vocab_size)
+        if self.config.task == "causal-lm" and self.config.packing:
+            check_packing(self.config, config)
+        tokenizer = fitted(self.config, rows, config.get_text_config())
         _complete(tokenizer, task=self.config.task)
         _check_vocabulary(config, tokenizer)
+        _check_length(config, tokenizer, max_length)
         learned = self.config.task_class().fit(rows)
         task = self.config.task_class()(tokenizer, max_length=max_length, **learned, **self._options(config))
         tokenizer.save_pretrained(directory)
@@ -124,9 +127,10 @@ def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def _check_length(config: PreTrainedConfig, max_length: int) -> None:
-    limit = _context_length(config)
-    if limit is not None and max_length > limit:
+def _check_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """A tokenizer's limit counts where it is lower: RoBERTa's first two positions, for one, hold no tokens."""
+    limit = min(_context_length(config) or max_length, tokenizer.model_max_length)
+    if max_length > limit:
         raise RecipeError(f"train.max_length={max_length} is more than the model's {limit} positions")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from raytx.components import ModelSize
 from raytx_hf.adapter import adapted
-from raytx_hf.architecture import base_config, from_config
+from raytx_hf.architecture import base_config, check_attention, from_config
 
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def measure(model: HFModel) -> ModelSize:
     config = base_config(model)
+    check_attention(model)
     with torch.device("meta"):
-        module = from_config(model, config)
+        # Without the kernel asked for: it may be installed on the workers alone, and has no parameters.
+        module = from_config(model.model_copy(update={"attn_implementation": None}), config)
         module = module if model.adapter is None else adapted(module, model.adapter, task=model.task)
     text = config.get_text_config()
     parameters = list(module.parameters())  # tied ones come once

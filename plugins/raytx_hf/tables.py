@@ -19,6 +19,8 @@ from raytx_hf.sources import as_slice
 if TYPE_CHECKING:
     from raytx_hf.sources import Files, Hub, Rows
 
+datasets.disable_progress_bars()  # they would break the host's own progress line
+
 Table = datasets.Dataset
 SplitName = Literal["train", "test"]
 
@@ -214,21 +216,30 @@ def _csv_options(path: Path, separator: str) -> dict[str, Any]:
 
     Only an empty field is missing; the words NA and null are words.
     """
+    features = datasets.Features({name: datasets.Value("string") for name in _csv_header(path, separator)})
+    missing = {"keep_default_na": False, "na_values": [""]}
+    return {"sep": separator, "features": features, "encoding": "utf-8-sig", "index_col": False, **missing}
+
+
+def _csv_header(path: Path, separator: str) -> list[str]:
+    """Return the column names. A first row wider than these would make pandas shift every column, or cut the row."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=separator), None)
+            lines = csv.reader(file, delimiter=separator)
+            header, first = next(lines, []), next(lines, [])
     except UnicodeDecodeError as error:
         raise DataError(f"data.path={path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except csv.Error as error:
+        raise DataError(f"data.path={path}: not readable as csv: {error}") from None
     if not header:
         raise DataError(f"data.path={path}: the file is empty; its first line must name the columns")
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {
-        "sep": separator,
-        "features": features,
-        "keep_default_na": False,
-        "na_values": [""],
-        "encoding": "utf-8-sig",
-    }
+    if len(set(header)) < len(header):
+        raise DataError(f"data.path={path}: two columns have one name among {', '.join(header)}")
+    if len(first) > len(header):
+        raise DataError(
+            f"data.path={path}: not readable as csv: the first row has {len(first)} fields, the header {len(header)}"
+        )
+    return header
 
 
 def _local(path: str) -> Path:

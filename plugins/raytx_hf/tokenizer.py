@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raytx.errors import DataError, RecipeError
 from raytx.tasks.base import Row
@@ -20,12 +20,12 @@ END = "<|endoftext|>"
 TEXT_COLUMNS = ("text", "text_pair")
 
 
-def fitted(model: HFModel, rows: Callable[[], Iterator[Row]], *, vocab_size: int) -> PreTrainedTokenizerBase:
+def fitted(model: HFModel, rows: Callable[[], Iterator[Row]], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the component asks for; one to be trained reads the rows' text columns."""
     asked = model.tokenizer if model.tokenizer is not None else model.path
     assert asked is not None
     if not isinstance(asked, str):
-        return _train(asked, _texts(rows), task=model.task, vocab_size=asked.vocab_size or vocab_size)
+        return _train(asked, _texts(rows), config, task=model.task)
     revision = model.revision if asked == model.path else None
     try:
         return opened(expanded(asked), revision=revision or "main", trust_remote_code=model.trust_remote_code)
@@ -42,17 +42,26 @@ def _texts(rows: Callable[[], Iterator[Row]]) -> Iterator[str]:
         yield from (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str) and row[column])
 
 
-def _train(asked: TrainedTokenizer, texts: Iterator[str], *, task: str, vocab_size: int) -> PreTrainedTokenizerBase:
+def _train(
+    asked: TrainedTokenizer, texts: Iterator[str], config: PreTrainedConfig, *, task: str
+) -> PreTrainedTokenizerBase:
     """Train a tokenizer. The same texts in the same order give the same one."""
     first = next(texts, None)
     if first is None:
         raise DataError("no row has text to train the tokenizer on")
     special = _special_tokens(asked.train, task)
-    tokenizer, trainer = {"bpe": _bpe, "wordpiece": _wordpiece}[asked.train](vocab_size, list(special.values()))
+    make = {"bpe": _bpe, "wordpiece": _wordpiece}[asked.train]
+    tokenizer, trainer = make(asked.vocab_size or config.vocab_size, list(special.values()))
     tokenizer.train_from_iterator(_chain(first, texts), trainer=trainer)
     if task != "causal-lm":
         tokenizer.post_processor = _template(tokenizer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=_input_names(config), **special)
+
+
+def _input_names(config: PreTrainedConfig) -> list[str]:
+    """BERT and its kin tell a pair's texts apart by an embedding; other families take no token_type_ids."""
+    types = (getattr(config, "type_vocab_size", None) or 0) > 1
+    return ["input_ids", "token_type_ids", "attention_mask"] if types else ["input_ids", "attention_mask"]
 
 
 def _special_tokens(algorithm: str, task: str) -> dict[str, str]:

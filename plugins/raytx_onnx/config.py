@@ -33,7 +33,9 @@ class OnnxExport(ExportConfig):
 
     @property
     def conflicts(self) -> Mapping[str, str]:
-        return {"int8-modules": "its int8 layers call torch operators that ONNX lacks; set quantize: dynamic here instead"}
+        return {
+            "int8-modules": "its int8 layers call torch operators that ONNX lacks; set quantize: dynamic here instead"
+        }
 
     def distance(self, golden: Golden, runner: Runner) -> tuple[float, float]:
         """Return how far a runner is from the golden logits, and how far it may be: absolute, or relative with int8.

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir
 
 from raytx.components import Compressor, Exportable, Model
 from raytx.errors import ArtifactError
 from raytx.files import write_json, write_text
 from raytx.tasks.base import Runner
+from raytx_onnx import graph
 from raytx_onnx.config import OnnxExport
 from raytx_onnx.quantize import to_int8
 from raytx_onnx.runner import MODEL, REPORT, OnnxRunner
@@ -22,8 +22,6 @@ from raytx_onnx.signature import Signature, generates, signatures
 from raytx_onnx.trace import TRACERS, quiet
 from raytx_onnx.verify import difference, relative_error
 
-PROTOBUF_LIMIT = 2_000_000_000
-"""Bytes of weights beyond which they go into a file of their own: a protobuf message holds 2 GiB at most."""
 LIBRARIES = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
 
 logger = logging.getLogger(__name__)
@@ -81,7 +79,7 @@ class OnnxDirectory:
         """Trace, save and verify; return the difference to the module."""
         module = exportable.module
         with quiet():
-            _save_graph(TRACERS[tracer](module, signature, opset=self.config.opset), path)
+            graph.save(TRACERS[tracer](module, signature, opset=self.config.opset), path)
             runner = OnnxRunner(path.parent)
         apart = difference(module, runner, exportable.samples, generates=generates(exportable))
         if not apart <= self.config.max_difference:
@@ -91,22 +89,17 @@ class OnnxDirectory:
 
     def _quantize(self, exportable: Exportable, directory: Path) -> dict[str, Any]:
         """Put the int8 graph in place of the exact one; return sizes and error, which must keep the limit."""
-        samples, exact_bytes = exportable.samples, _size(directory)
-        exact = OnnxRunner(directory).logits(samples)
+        path, samples = directory / MODEL, exportable.samples
+        exact, exact_bytes = OnnxRunner(directory).logits(samples), graph.size(path)
         with quiet():
-            to_int8(directory / MODEL)
+            to_int8(path)
         error = relative_error(OnnxRunner(directory).logits(samples), exact, samples)
         if not error <= self.config.max_relative_error:
             raise ArtifactError(
                 f"int8 moves the logits by {error:.3f} of their norm, export.max_relative_error allows "
                 f"{self.config.max_relative_error}. Export without quantize, or raise the limit"
             )
-        return {"type": "dynamic", "relative_error": error, "exact_bytes": exact_bytes, "bytes": _size(directory)}
-
-
-def _save_graph(model: onnx_ir.Model, path: Path) -> None:
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if weights > PROTOBUF_LIMIT else None)
+        return {"type": "dynamic", "relative_error": error, "exact_bytes": exact_bytes, "bytes": graph.size(path)}
 
 
 def _report(exportable: Exportable, traced: Traced, directory: Path) -> dict[str, Any]:
@@ -124,10 +117,6 @@ def _report(exportable: Exportable, traced: Traced, directory: Path) -> dict[str
         "outputs": {value.name: value.shape for value in session.get_outputs()},
         "versions": {library: metadata.version(library) for library in LIBRARIES},
     }
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob(f"{MODEL}*"))
 
 
 def _first_line(error: Exception) -> str:

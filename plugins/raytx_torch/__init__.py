@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from raytx import hookimpl
-from raytx.components import DataConfig, ModelConfig, StrategyConfig
+from raytx.components import CompressionConfig, DataConfig, ModelConfig, StrategyConfig
 from raytx_torch.decoder import DecoderConfig
+from raytx_torch.int8 import DynamicInt8
+from raytx_torch.pruning import L1Pruning
 from raytx_torch.strategies import DDP, Single
 from raytx_torch.text_files import TextFiles
 
@@ -24,3 +26,8 @@ def raytx_data() -> list[type[DataConfig]]:
 @hookimpl
 def raytx_strategy() -> list[type[StrategyConfig]]:
     return [Single, DDP]
+
+
+@hookimpl
+def raytx_compression() -> list[type[CompressionConfig]]:
+    return [L1Pruning, DynamicInt8]

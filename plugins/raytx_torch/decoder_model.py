@@ -92,12 +92,13 @@ class RaytxDecoderPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Attention | SwiGLU):
+        if getattr(module, "adds_to_residual", False):
             # Each block adds two terms to the residual stream; this keeps its variance independent of depth
             # (GPT-2, Radford et al. 2019, section 2.3).
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            initialization.normal_(module.residual_projection.weight, mean=0.0, std=std)
+            initialization.normal_(module.weight, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)
 
 
 class RaytxDecoderModel(RaytxDecoderPreTrainedModel):
@@ -217,10 +218,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-
-    @property
-    def residual_projection(self) -> nn.Linear:
-        return self.o_proj
+        self.o_proj.adds_to_residual = True
 
     def forward(
         self,
@@ -252,10 +250,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    @property
-    def residual_projection(self) -> nn.Linear:
-        return self.down_proj
+        self.down_proj.adds_to_residual = True
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))

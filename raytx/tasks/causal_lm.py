@@ -52,11 +52,7 @@ class CausalLM(Task):
             if not isinstance(text, str) or not text:
                 rejected(index, "empty text")
                 continue
-            tokens = [*self.tokenizer.encode(text, add_special_tokens=False), self.eos]
-            for start in range(0, len(tokens), self.max_length):
-                piece = tokens[start : start + self.max_length]
-                if len(piece) > 1:  # a single token has nothing to predict
-                    yield piece
+            yield from cut([*self.tokenizer.encode(text, add_special_tokens=False), self.eos], self.max_length)
 
     def collate(self, samples: Sequence[Features]) -> Features:
         width = max(len(sample["input_ids"]) for sample in samples)
@@ -150,21 +146,33 @@ class CausalLM(Task):
         ]
 
 
+def cut(tokens: Segment, max_length: int) -> Iterator[Segment]:
+    """Cut tokens into pieces of at most max_length, none of them a single token, which would have nothing to predict.
+
+    Nothing is lost, but for the odd last token where max_length is 2.
+    """
+    while len(tokens) > 1:
+        size = min(len(tokens), max_length)
+        size -= len(tokens) - size == 1 and size > 2
+        yield tokens[:size]
+        tokens = tokens[size:]
+
+
 def pack(segments: Iterable[Segment], max_length: int) -> Iterator[list[Segment]]:
     """Put segments, in order, into bins of at most max_length tokens, cutting a segment where a bin is full.
 
-    A cut leaves no piece of one token behind, as it would have nothing to predict.
+    No piece is a single token; where a bin's last two places could only hold a piece that leaves one behind, they stay
+    empty.
     """
     held: list[Segment] = []
     room = max_length
     for segment in segments:
-        while segment:
-            if room < 2:
+        while len(segment) > 1:
+            if room < 2 or (room == 2 and len(segment) == 3 and held):
                 yield held
                 held, room = [], max_length
-            piece, segment = segment[:room], segment[room:]
-            if len(segment) == 1:
-                piece, segment = (piece[:-1], piece[-1:] + segment) if len(piece) > 2 else (piece, [])
+            piece = next(cut(segment, room))
+            segment = segment[len(piece) :]
             held.append(piece)
             room -= len(piece)
     if held:

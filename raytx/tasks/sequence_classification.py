@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
@@ -134,4 +135,4 @@ def _name(label: Any) -> str:
 
 def _natural(label: str) -> tuple[int, float, str]:
     """Sort "2" before "10"."""
-    return (0, float(label), label) if label.lstrip("-").isdigit() else (1, 0.0, label)
+    return (0, float(label), label) if re.fullmatch(r"-?\d+", label) else (1, 0.0, label)

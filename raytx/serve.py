@@ -1,0 +1,285 @@
+"""Serve an artifact directory: a Ray Serve application in its task's protocol, on loopback unless told otherwise.
+
+Two deployments: the ingress (raytx/ingress.py) speaks HTTP, replicas (raytx/replica.py) hold the model.
+"""
+
+# No `from __future__ import annotations`: Ray Serve reads the annotation of build_app's argument as a class.
+
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray import serve as ray_serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from raytx import artifact, cluster
+from raytx.artifact import Artifact
+from raytx.errors import ArtifactError, RecipeError, ResourceError, did_you_mean
+from raytx.ingress import REPLICA, RETRY_AFTER_S, Ingress
+from raytx.plan import check_plugins
+from raytx.protocols import PROTOCOLS, Description, is_loopback, key_digest
+from raytx.registry import registry
+from raytx.replica import Replica
+from raytx.sections import Serving
+
+APP = "raytx"
+API_KEY = "RAYTX_API_KEY"
+"""Environment variable that holds the token clients must send."""
+SLACK = 32
+"""Requests the ingress holds beyond those the replicas have room for, so that it can refuse them itself."""
+HEALTH_PERIOD_S = 2
+CPUS_PER_REPLICA = 1
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
+"""Variables of the driver that replicas need; Ray passes on none by itself."""
+
+
+class ServeArgs(Serving):
+    """What `build_app` takes, from Python or from a Serve config file."""
+
+    directory: str
+    """Artifact directory; every node that runs a replica must see it under this path."""
+
+
+def serve(
+    directory: str | Path,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+    block: bool = True,
+    **overrides: Any,
+) -> str:
+    """Serve an artifact directory until Ctrl-C or SIGTERM (or, with block=False, go on serving) and return its URL.
+
+    Overrides are fields of `Serving`. Raises ArtifactError, RecipeError or ResourceError, before Ray starts if it can.
+    """
+    args = _arguments(directory, {"host": host, "port": port} | overrides)
+    app = build_app(args)
+    _check_port(args.host, args.port)
+    was_connected = ray.is_initialized()
+    cluster.connect(address, verbose=verbose)
+    try:
+        _check_cluster(args)
+        _start(app, args, verbose=verbose)
+        print(_banner(args), flush=True)
+        if block:
+            _wait_for_signal()
+            print("stopping", flush=True)
+    except BaseException:
+        _stop(disconnect=not was_connected)
+        raise
+    if block:
+        _stop(disconnect=not was_connected)
+    return _url(args)
+
+
+def build_app(args: ServeArgs) -> Application:
+    """Check an artifact and its settings; return the application, for `serve.run` or a Serve config file.
+
+    In a config file: `import_path: raytx.serve:build_app`, `args: {directory: ..., num_replicas: 2}`. The token is read
+    from RAYTX_API_KEY in the environment in which this runs.
+    """
+    found = artifact.read(args.directory)
+    _check_settings(args)
+    key = os.environ.get(API_KEY)
+    replica = ray_serve.deployment(Replica).options(**_replica_options(args))
+    ingress = ray_serve.deployment(ray_serve.ingress()(Ingress)).options(**_ingress_options(args))
+    app: Application = ingress.bind(
+        replica.bind(args.directory, args),
+        description=_describe(found, args.directory),
+        protocol=_protocol_of(found),
+        settings=args,
+        key_digest=key_digest(key) if key else None,
+    )
+    return app
+
+
+def _replica_options(args: ServeArgs) -> dict[str, Any]:
+    actor = {"num_cpus": CPUS_PER_REPLICA, "runtime_env": {"env_vars": _environment()}}
+    return {
+        "name": REPLICA,
+        "num_replicas": args.num_replicas,
+        "max_ongoing_requests": args.max_ongoing_requests,
+        "max_queued_requests": args.max_queued_requests,
+        "ray_actor_options": actor | ({"num_gpus": 1} if args.use_gpu else {}),
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "max_constructor_retry_count": 2,
+    }
+
+
+def _ingress_options(args: ServeArgs) -> dict[str, Any]:
+    room = args.num_replicas * args.max_ongoing_requests + args.max_queued_requests + SLACK
+    return {
+        "name": "Ingress",
+        "max_ongoing_requests": room,
+        "max_queued_requests": room,
+        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+        "ray_actor_options": {"num_cpus": 0},
+        "health_check_period_s": HEALTH_PERIOD_S,
+    }
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables of a replica; torch takes its number of threads from OMP_NUM_THREADS."""
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return {"OMP_NUM_THREADS": str(CPUS_PER_REPLICA)} | passed_on
+
+
+def _describe(found: Artifact, directory: str) -> Description:
+    published = (Path(directory) / artifact.MANIFEST).stat().st_mtime
+    labels = None if found.labels is None else tuple(found.labels)
+    return Description(found.name, found.task, found.exporter["type"], labels, int(published))
+
+
+def _protocol_of(found: Artifact) -> str:
+    """Return the protocol an artifact's task speaks; raise PluginError when a plugin it needs is not here."""
+    check_plugins(found.plugins)
+    model: Any = registry().parse("model", found.model)
+    return str(model.task_class().protocol)
+
+
+# ----------------------------------------------------------------------------------- checks before Ray is started
+
+
+def _arguments(directory: str | Path, given: dict[str, Any]) -> ServeArgs:
+    values = {key: value for key, value in given.items() if value is not None}
+    path = Path(directory).expanduser().absolute()
+    try:
+        return ServeArgs.model_validate(values | {"directory": str(path)})
+    except ValidationError as error:
+        raise RecipeError("; ".join(map(_mistake, error.errors()))) from None
+
+
+def _mistake(problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"serving.{key}: unknown key.{did_you_mean(key, Serving.model_fields)}"
+    return f"serving.{key}: {problem['msg']}, not {problem['input']!r}"
+
+
+def _check_settings(args: ServeArgs) -> None:
+    if not is_loopback(args.host) and not os.environ.get(API_KEY):
+        raise RecipeError(
+            f"serving.host={args.host} can be reached from other machines: set {API_KEY} to a token that clients must "
+            "send, or serve on 127.0.0.1"
+        )
+    if args.max_batch_size > args.max_ongoing_requests:
+        raise RecipeError(
+            f"serving.max_batch_size={args.max_batch_size} is more than serving.max_ongoing_requests="
+            f"{args.max_ongoing_requests}, so a batch could never fill; raise the one or lower the other"
+        )
+    if args.max_queued_requests < 1:
+        raise RecipeError("serving.max_queued_requests=0: a request on its way to a replica counts as queued; use 1")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ResourceError when the port cannot be had. Ray itself would share a port with another Ray Serve."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            probe.bind(place)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot listen on port {port} of {host}: {error.strerror or error}. Stop what uses it, or choose another "
+            "with --port (serving.port)"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------ start and stop
+
+
+def _check_cluster(args: ServeArgs) -> None:
+    """Raise ResourceError when Serve is there already, with options of its own, or the replicas can never fit."""
+    if ray_serve.status().proxies:
+        raise ResourceError(
+            "Ray Serve is already running on this cluster. Add the artifact to it with a Serve config file "
+            "(import_path: raytx.serve:build_app), or stop it with `serve shutdown`"
+        )
+    one = {"CPU": float(CPUS_PER_REPLICA)} | ({"GPU": 1.0} if args.use_gpu else {})
+    room = cluster.groups(one, num_workers=1, driver={}, nodes=cluster.free())
+    if room < args.num_replicas and cluster.started_here():
+        each = ", ".join(f"{name}: {amount:g}" for name, amount in one.items())
+        raise ResourceError(
+            f"serving.num_replicas={args.num_replicas} x {{{each}}} do not fit: this machine has room for {room}"
+        )
+
+
+def _start(app: Application, args: ServeArgs, *, verbose: bool) -> None:
+    """Start Ray Serve and the application; return when it answers."""
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # The ingress has its own deadline and says so in JSON; Ray's is for what never reaches it.
+    options = HTTPOptions(host=args.host, port=args.port, request_timeout_s=args.timeout_s + 10)
+    quiet = LoggingConfig(log_level="INFO" if verbose else "WARNING", enable_access_log=verbose)
+    ray_serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=quiet)
+    try:
+        ray_serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
+    except RuntimeError as error:
+        raise ArtifactError(f"{args.directory}: could not be served: {_reason(str(error))}") from error
+
+
+def _reason(text: str) -> str:
+    """Return the line that names the error in a deployment's traceback."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("raytx.errors.")]
+    return named[-1].partition(": ")[2] if named else lines[-1]
+
+
+def _stop(*, disconnect: bool) -> None:
+    with suppress(Exception):  # the cluster may be gone, which is what is wanted
+        ray_serve.shutdown()
+    if disconnect:
+        ray.shutdown()
+
+
+def _wait_for_signal() -> None:
+    """Wait for Ctrl-C or SIGTERM; a second one ends the process in the usual way."""
+    stop = threading.Event()
+    with _on_signal(stop):
+        stop.wait()
+
+
+@contextmanager
+def _on_signal(event: threading.Event) -> Iterator[None]:
+    """Set an event on SIGINT and SIGTERM. Only the main thread may take signals; elsewhere nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------- what is said
+
+
+def _url(args: ServeArgs) -> str:
+    """Return the address to type: a server that listens everywhere is asked on loopback."""
+    host = "127.0.0.1" if args.host in {"0.0.0.0", "::"} else args.host
+    return f"http://[{host}]:{args.port}" if ":" in host else f"http://{host}:{args.port}"
+
+
+def _banner(args: ServeArgs) -> str:
+    """Say what is served, where, and one command that asks it."""
+    found = artifact.read(args.directory, verify=False)
+    path, body = PROTOCOLS[_protocol_of(found)].example(_describe(found, args.directory))
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if os.environ.get(API_KEY) else ""
+    curl = f"curl {_url(args)}{path}{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    return f"serving {found.name} ({found.task}) on {_url(args)}, described on {_url(args)}/docs\n{curl}"
