@@ -1,9 +1,9 @@
 """raytx: one recipe becomes a trained, exported and served transformer on Ray.
 
-    recipe = raytx.load("recipe.yaml")
-    print(raytx.plan(recipe))
-    result = raytx.train(recipe)
-    raytx.serve(result.artifacts["hf"])
+recipe = raytx.load("recipe.yaml")
+print(raytx.plan(recipe))
+result = raytx.train(recipe)
+raytx.serve(result.artifacts["hf"])
 """
 
 from __future__ import annotations

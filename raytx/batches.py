@@ -16,9 +16,9 @@ from raytx.tasks.base import Task
 class Batches:
     """The microbatches of one data-parallel rank.
 
-    The samples of an epoch are shuffled by (seed, epoch); step n takes the n-th window of global_batch_size of them. The
-    window is cut into microbatches, of which each rank takes a contiguous share. So the set a step trains on, and what
-    each microbatch holds, are the same on any number of ranks, and the position to resume from is the step alone.
+    The samples of an epoch are shuffled by (seed, epoch); step n takes the n-th window of global_batch_size of them.
+    The window is cut into microbatches, of which each rank takes a contiguous share. So the set a step trains on, and
+    what each microbatch holds, are the same on any number of ranks, and the position to resume from is the step alone.
     """
 
     def __init__(self, plan: Plan, task: Task, samples: Samples, *, dp_rank: int) -> None:
@@ -66,10 +66,17 @@ def evaluation_batches(
 
     Every rank yields equally often, because a forward pass may be a collective; padding comes with 0 targets.
     """
-    count = min(len(samples), limit or len(samples))
-    windows = [range(start, min(start + micro_batch_size, count)) for start in range(0, count, micro_batch_size)]
+    chosen = spread(len(samples), limit or len(samples))
+    windows = [chosen[start : start + micro_batch_size] for start in range(0, len(chosen), micro_batch_size)]
     for first in range(0, len(windows), dp_size):
         mine = first + dp_rank
         window = windows[mine] if mine < len(windows) else windows[-1][:1]
-        targets = int(samples.num_targets[np.asarray(window)].sum()) if mine < len(windows) else 0
+        targets = int(samples.num_targets[window].sum()) if mine < len(windows) else 0
         yield Microbatch(task.collate(samples[window]), weight=1.0, seed=0), targets
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """Return the indices of a subset that stands for the whole: drawn at random, but always the same, in order."""
+    if limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:limit])

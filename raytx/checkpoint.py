@@ -8,8 +8,8 @@
         plan.json  state.json                what was trained, and how far
         manifest.json                        every file's size and SHA-256, written last
 
-A directory is written under another name and renamed when its manifest is on disk, so a run that is killed at any moment
-leaves complete checkpoints and rubbish that is known to be rubbish. Nothing in it is pickled.
+A directory is written under another name and renamed when its manifest is on disk, so a run that is killed at any
+moment leaves complete checkpoints and rubbish that is known to be rubbish. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class Checkpoint:
 
     def _open(self) -> None:
         for name in self._files:
-            file = safe_open(self.directory / name, framework="numpy")
+            file: Any = safe_open(self.directory / name, framework="numpy")
             self._places |= dict.fromkeys(file.keys(), file)
 
 
@@ -151,7 +151,8 @@ def _agree(engine: Engine, target: Path, error: str | None) -> None:
         )
 
 
-def _attempt(action: Any) -> str | None:
+def _attempt(action: Callable[[], None]) -> str | None:
+    """Do it and return None, or return what went wrong in words."""
     try:
         action()
     except OSError as error:
@@ -177,7 +178,9 @@ def _write_tensors(engine: Engine, staging: Path, rank: int) -> str | None:
         if array is not None and error is None:
             writer = writers["weights" if part == "weight" else "optimizer"]
             error = _attempt(lambda: writer.add(_key(name, part), array))  # noqa: B023  called at once
-    return error or _attempt(lambda: [writer.flush() for writer in writers.values()])
+    for writer in writers.values():
+        error = error or _attempt(writer.flush)
+    return error
 
 
 class _Shards:

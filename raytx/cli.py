@@ -41,6 +41,11 @@ def main() -> None:
         sys.exit(130)
 
 
+def _console() -> Console:
+    """Return the console; where the output is no terminal, lines are not folded at 80 columns."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -63,7 +68,7 @@ def train(recipe: str, overrides: tuple[str, ...], address: str | None, verbose:
 
     Values of the recipe are overridden by position: raytx train recipe.yaml optim.lr=1e-4 strategy.type=ddp
     """
-    console = Console()
+    console = _console()
     with _starting(console, verbose):
         from raytx.plan import origins, resolve
         from raytx.recipe import load, parse_overrides
@@ -114,7 +119,41 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     from raytx.show import show_plan
 
-    show_plan(resolved, Console())
+    show_plan(resolved, _console())
+
+
+@commands.command()
+@click.argument("recipe")
+@OVERRIDES
+@click.option(
+    "--strategy", "strategies", multiple=True, help="Strategy to compare, such as 'deepspeed stage=3'; repeatable."
+)
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps to compare.")
+@click.option(
+    "--limit", default=1e-5, show_default=True, help="Largest relative difference allowed (exit code 2 above)."
+)
+@ADDRESS
+@VERBOSE
+def parity(
+    recipe: str,
+    overrides: tuple[str, ...],
+    strategies: tuple[str, ...],
+    steps: int,
+    limit: float,
+    address: str | None,
+    verbose: bool,
+) -> None:
+    """Train RECIPE for a few steps under several strategies and compare loss and gradient norm at each."""
+    console = _console()
+    with _starting(console, verbose):
+        from raytx import cluster
+        from raytx.parity import STRATEGIES
+        from raytx.parity import parity as run
+        from raytx.recipe import load
+
+        loaded = load(recipe, overrides)
+        cluster.connect(address, verbose=verbose)
+    run(loaded, strategies=strategies or STRATEGIES, steps=steps, limit=limit, console=console)
 
 
 @commands.command()
@@ -124,7 +163,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @VERBOSE
 def tune(recipe: str, overrides: tuple[str, ...], address: str | None, verbose: bool) -> None:
     """Search over the values named in RECIPE's search section, or go on with that search."""
-    console = Console()
+    console = _console()
     with _starting(console, verbose):
         from raytx.recipe import load
         from raytx.tune import tune as run
@@ -137,7 +176,7 @@ def tune(recipe: str, overrides: tuple[str, ...], address: str | None, verbose: 
 @click.argument("checkpoint")
 def export(checkpoint: str) -> None:
     """Export CHECKPOINT (or the chosen one of a run directory) again, as its recipe says."""
-    console = Console()
+    console = _console()
     with console.status("exporting and replaying golden outputs"):
         from raytx.export import export as run
 
@@ -158,10 +197,15 @@ def serve(artifact: str, address: str | None, verbose: bool, **settings: Any) ->
     from raytx.artifact import read
 
     read(artifact)  # a wrong directory is told before Ray starts
-    console = Console()
+    console = _console()
     with _starting(console, verbose):
         from raytx.serve import serve as run
-    run(artifact, address=address, verbose=verbose, **{key: value for key, value in settings.items() if value is not None})
+    run(
+        artifact,
+        address=address,
+        verbose=verbose,
+        **{key: value for key, value in settings.items() if value is not None},
+    )
 
 
 @commands.command()
@@ -186,7 +230,9 @@ def init(example: str, output: Path | None, force: bool) -> None:
     """Write a starter recipe: a copy of one of the examples."""
     found = {path.name.removesuffix(".yaml"): path for path in examples().iterdir() if path.name.endswith(".yaml")}
     if example not in found:
-        raise RecipeError(f"no example {example!r}.{did_you_mean(example, found)} There are: {', '.join(sorted(found))}")
+        raise RecipeError(
+            f"no example {example!r}.{did_you_mean(example, found)} There are: {', '.join(sorted(found))}"
+        )
     target = output or Path(f"{example}.yaml")
     if target.exists() and not force:
         raise RecipeError(f"{target} exists; choose another name with --output or overwrite it with --force")
@@ -229,14 +275,14 @@ def _show_catalogue(listed: dict[str, Any]) -> None:
     for kind, components in listed["components"].items():
         for component in components:
             table.add_row(kind, component["type"], _escape(component["summary"]), component["plugin"])
-    console = Console()
+    console = _console()
     console.print(table)
     for plugin in listed["broken"]:
         console.print(f"[bold red]broken[/] {plugin['name']} {plugin['version']}: {_escape(plugin['error'])}")
 
 
 def _show_component(described: dict[str, Any]) -> None:
-    console = Console()
+    console = _console()
     console.print(
         f"[bold]{described['kind']} {described['type']}[/]  ({described['plugin']} {described['version']})\n"
         f"{_escape(described['summary'])}\n",
@@ -252,7 +298,9 @@ def _show_component(described: dict[str, Any]) -> None:
 
 
 @commands.command()
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write instead of printing.")
+@click.option(
+    "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write instead of printing."
+)
 def schema(output: Path | None) -> None:
     """Print the JSON schema of recipes, installed plugins included, for completion in an editor."""
     from raytx.schema import schema as make

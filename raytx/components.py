@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 KINDS = ("model", "data", "strategy", "compression", "export")
 """The kinds, in the order in which a run meets them."""
 
+TaskClass = type[Task]
+"""Named here because the fields of components are called `type`."""
+
 Part = Literal["weight", "exp_avg", "exp_avg_sq"]
 """What a checkpoint keeps of one parameter: its fp32 value and the optimizer's two moments."""
 
@@ -82,7 +85,7 @@ class ModelConfig(Component):
 
     kind: ClassVar[str] = "model"
 
-    def task_class(self) -> type[Task]:
+    def task_class(self) -> TaskClass:
         """Return the task's class: its metrics, serving protocol and needed columns are known before any build."""
         raise NotImplementedError
 
@@ -299,7 +302,9 @@ class ExportConfig(Component):
         """
         if difference <= self.max_difference:
             return None
-        return f"its logits differ by {difference:.2e} from the golden ones, max_difference is {self.max_difference:.0e}"
+        return (
+            f"its logits differ by {difference:.2e} from the golden ones, max_difference is {self.max_difference:.0e}"
+        )
 
     def build(self) -> Exporter:
         raise NotImplementedError

@@ -45,7 +45,9 @@ class Compressed:
     measurements: list[Measurement]
 
 
-def compress(module: Any, model: Model, task: Task, *, golden: Golden, plan: Plan, held_out: Samples | None) -> Compressed:
+def compress(
+    module: Any, model: Model, task: Task, *, golden: Golden, plan: Plan, held_out: Samples | None
+) -> Compressed:
     """Apply the plan's compression in order; raise ArtifactError naming the step that goes over its limit."""
     compressors, measurements = [], []
     for step in plan.recipe.compression:
@@ -79,8 +81,8 @@ def _judge(step: CompressionConfig, measured: Measurement, plan: Plan) -> None:
     limit = step.max_relative_error
     if limit is not None and not measured.relative_error <= limit:
         raise ArtifactError(
-            f"compression {step.type!r}: relative error {measured.relative_error:.3g}, max_relative_error is {limit:g}. "
-            "Compress less, or raise the limit"
+            f"compression {step.type!r}: relative error {measured.relative_error:.3g}, max_relative_error is "
+            f"{limit:g}. Compress less, or raise the limit"
         )
     if step.max_metric_loss is None or measured.before is None or measured.after is None:
         return

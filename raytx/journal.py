@@ -38,7 +38,9 @@ class Journal:
         self._line.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._line.stop()
         self._file.close()
         self._events.close()
@@ -67,7 +69,9 @@ class Journal:
             numbers = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k not in {"kind", "step", "seconds"})
             self._console.print(f"step {record['step']:>6}  held-out: {numbers}", highlight=False)
         elif kind == "resumed":
-            self._console.print(f"resumed from checkpoint {record['checkpoint']} (step {record['step']})", highlight=False)
+            self._console.print(
+                f"resumed from checkpoint {record['checkpoint']} (step {record['step']})", highlight=False
+            )
         elif kind == "checkpoint":
             self._console.print(f"step {record['step']:>6}  checkpoint {record['name']} committed", highlight=False)
         elif kind == "remark":
@@ -137,7 +141,8 @@ class _Events:
     """TensorBoard scalars, written without TensorFlow or torch; the writer makes its directory at the first record."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory, self._writer = directory, None
+        self._directory = directory
+        self._writer: Any = None
 
     def add(self, record: Record) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

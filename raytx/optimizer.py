@@ -16,5 +16,7 @@ def parameter_groups(parameters: Mapping[str, Any], *, weight_decay: float) -> l
     for parameter in parameters.values():
         groups[len(getattr(parameter, "ds_shape", parameter.shape)) > 1].append(parameter)
     return [
-        {"params": chosen, "weight_decay": weight_decay if decays else 0.0} for decays, chosen in groups.items() if chosen
+        {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
+        for decays, chosen in groups.items()
+        if chosen
     ]

@@ -66,7 +66,10 @@ class Plan:
             return optim.lr * (step + 1) / warmup
         assert self.steps is not None
         done = (step - warmup) / max(1, self.steps - warmup)
-        return optim.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.schedule]
+        return (
+            optim.lr
+            * {"constant": 1.0, "linear": 1.0 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.schedule]
+        )
 
     def better(self, value: float, than: float | None) -> bool:
         """Tell whether a value of the metric beats another; anything beats none."""

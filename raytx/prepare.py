@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
+from rich.status import Status
 
 from raytx import __version__
 from raytx.components import Model, Source
@@ -28,6 +29,7 @@ BATCH = 1000
 REJECTED_SHOWN = 20
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def _make(plan: Plan, source: Source, directory: Path, console: Console) -> None
     (staging / "processor").mkdir(parents=True)
     try:
         model: Model = plan.recipe.model.build()
+        next(_checked(source, plan), None)  # a processor that learns nothing would never look at the rows
         with console.status("preparing data: reading rows and fitting the processor"):
             model.fit(lambda: _checked(source, plan), staging / "processor", max_length=plan.recipe.train.max_length)
         task = model.task(staging / "processor")
@@ -127,20 +130,18 @@ def _checked(source: Source, plan: Plan) -> Iterator[Row]:
 
 
 def _encode(task: Task, source: Source, staging: Path, console: Console) -> dict[str, Any]:
+    """Encode both splits; return what prepared.json says of them."""
     num_samples, num_targets, remarks = {}, {}, []
-    for split in ("train", "test"):
+    for split in SPLITS:
         rejected: list[tuple[int, str]] = []
         with console.status(f"preparing data: encoding the {split} split") as status:
-            rows = _counted(source.rows(split), lambda n, s=status, name=split: s.update(f"preparing data: {name} row {n:,}"))
-            features = task.features(rows, lambda index, reason, to=rejected: to.append((index, reason)))
-            useful = _supervised(features, lambda place, to=rejected: to.append((place, "no target")))
-            num_samples[split], num_targets[split] = _write(useful, staging / f"{split}.arrow")
+            features = _features(task, source.rows(split), rejected, _Counter(status, split))
+            num_samples[split], num_targets[split] = _write(features, staging / f"{split}.arrow")
         if rejected:
             remarks.append(_rejections(split, rejected))
     if not num_samples["train"]:
         raise DataError(f"the training split has no usable rows. {' '.join(remarks) or 'The source is empty.'}")
-    samples = Samples.open(staging / "train.arrow")
-    name, values = task.baseline(sample for start in range(0, len(samples), BATCH) for sample in samples[_range(start, samples)])
+    name, values = task.baseline(_every(Samples.open(staging / "train.arrow")))
     return {
         "num_samples": num_samples,
         "num_targets": num_targets,
@@ -149,24 +150,34 @@ def _encode(task: Task, source: Source, staging: Path, console: Console) -> dict
     }
 
 
-def _supervised(features: Iterator[Features], rejected: Any) -> Iterator[Features]:
-    """Leave out samples without a target: their mean loss is 0/0, and they teach nothing."""
-    for place, sample in enumerate(features):
+def _features(
+    task: Task, rows: Iterator[Row], rejected: list[tuple[int, str]], count: Callable[[Iterator[Row]], Iterator[Row]]
+) -> Iterator[Features]:
+    """Encode rows; leave out samples without a target, whose mean loss is 0/0 and which teach nothing."""
+    for place, sample in enumerate(task.features(count(rows), lambda index, why: rejected.append((index, why)))):
         if sample["num_targets"]:
             yield sample
         else:
-            rejected(place)
+            rejected.append((place, "no target"))
 
 
-def _range(start: int, samples: Samples) -> range:
-    return range(start, min(start + BATCH, len(samples)))
+@dataclass(frozen=True)
+class _Counter:
+    """Passes rows through and shows how many."""
+
+    status: Status
+    split: Split
+
+    def __call__(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for count, row in enumerate(rows):
+            if count % BATCH == 0:
+                self.status.update(f"preparing data: encoding the {self.split} split, row {count:,}")
+            yield row
 
 
-def _counted(rows: Iterator[Row], tell: Any) -> Iterator[Row]:
-    for count, row in enumerate(rows):
-        if count % BATCH == 0:
-            tell(count)
-        yield row
+def _every(samples: Samples) -> Iterator[Features]:
+    for start in range(0, len(samples), BATCH):
+        yield from samples[range(start, min(start + BATCH, len(samples)))]
 
 
 def _rejections(split: str, rejected: list[tuple[int, str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from raytx.errors import RaytxError
 USED = {
     # loopback_only: Ray takes a machine's outside address for its own even when told 127.0.0.1
     "ray._private.ray_constants": ("ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"),
+    # any_agent_port: ray.init has no option for it
+    "ray._private.parameter": ("RayParams",),
     # token mode is read once, when ray is imported; it must be read again after it was switched on
     "ray._raylet": ("Config", "AuthenticationTokenLoader"),
     # the public API sums free resources over nodes, but a bundle must fit on one
@@ -67,6 +70,22 @@ def loopback_only() -> Iterator[None]:
         os.environ.pop(variable)
         if outer is not None:
             os.environ[variable] = outer
+
+
+@contextlib.contextmanager
+def any_agent_port() -> Iterator[None]:
+    """Let a cluster that is started meanwhile take a free port for its agent, which is what starts jobs.
+
+    Ray takes 52365, and where another cluster of the machine has that one, its jobs never start.
+    """
+    from ray._private import parameter
+
+    before = parameter.RayParams
+    parameter.RayParams = functools.partial(before, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = before
 
 
 def token_mode_is_open() -> bool:

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ API_KEY = "RAYTX_API_KEY"
 SLACK = 32
 """Requests the ingress holds beyond those the replicas have room for, so that it can refuse them itself."""
 HEALTH_PERIOD_S = 2
+DRAIN_PERIOD_S = 0.2
+"""Pause between looks at whether a stopping replica has answered its last request."""
 CPUS_PER_REPLICA = 1
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
 """Variables of the driver that replicas need; Ray passes on none by itself."""
@@ -69,20 +71,16 @@ def serve(
     args = _arguments(directory, {"host": host, "port": port} | overrides)
     app = build_app(args)
     _check_port(args.host, args.port)
-    was_connected = ray.is_initialized()
-    cluster.connect(address, verbose=verbose)
-    try:
+    with _connected(address, verbose=verbose) as session:
         _check_cluster(args)
+        session.callback(_end_app)
         _start(app, args, verbose=verbose)
         print(_banner(args), flush=True)
         if block:
             _wait_for_signal()
             print("stopping", flush=True)
-    except BaseException:
-        _stop(disconnect=not was_connected)
-        raise
-    if block:
-        _stop(disconnect=not was_connected)
+        else:
+            session.pop_all()
     return _url(args)
 
 
@@ -116,6 +114,7 @@ def _replica_options(args: ServeArgs) -> dict[str, Any]:
         "max_queued_requests": args.max_queued_requests,
         "ray_actor_options": actor | ({"num_gpus": 1} if args.use_gpu else {}),
         "health_check_period_s": HEALTH_PERIOD_S,
+        "graceful_shutdown_wait_loop_s": DRAIN_PERIOD_S,
         "max_constructor_retry_count": 2,
     }
 
@@ -129,6 +128,7 @@ def _ingress_options(args: ServeArgs) -> dict[str, Any]:
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         "ray_actor_options": {"num_cpus": 0},
         "health_check_period_s": HEALTH_PERIOD_S,
+        "graceful_shutdown_wait_loop_s": DRAIN_PERIOD_S,
     }
 
 
@@ -204,7 +204,7 @@ def _check_port(host: str, port: int) -> None:
 
 def _check_cluster(args: ServeArgs) -> None:
     """Raise ResourceError when Serve is there already, with options of its own, or the replicas can never fit."""
-    if ray_serve.status().proxies:
+    if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ResourceError(
             "Ray Serve is already running on this cluster. Add the artifact to it with a Serve config file "
             "(import_path: raytx.serve:build_app), or stop it with `serve shutdown`"
@@ -229,21 +229,33 @@ def _start(app: Application, args: ServeArgs, *, verbose: bool) -> None:
     try:
         ray_serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
-        raise ArtifactError(f"{args.directory}: could not be served: {_reason(str(error))}") from error
+        raise ArtifactError(f"{args.directory}: could not be served: {_reason()}") from error
 
 
-def _reason(text: str) -> str:
-    """Return the line that names the error in a deployment's traceback."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _reason() -> str:
+    """Return the line that names the error, of the traceback that a replica left with the controller."""
+    replicas = ray_serve.status().applications[APP].deployments[REPLICA]
+    lines = [line.strip() for line in replicas.message.splitlines() if line.strip()]
+    print(replicas.message)
     named = [line for line in lines if line.startswith("raytx.errors.")]
-    return named[-1].partition(": ")[2] if named else lines[-1]
+    return str(named[-1].partition(": ")[2] if named else lines[-1])
 
 
-def _stop(*, disconnect: bool) -> None:
+@contextmanager
+def _connected(address: str | None, *, verbose: bool) -> Iterator[ExitStack]:
+    """Connect to Ray; yield what is to be undone in the end, the connection too where it was made here."""
+    with ExitStack() as session:
+        if not ray.is_initialized():
+            session.callback(ray.shutdown)
+        cluster.connect(address, verbose=verbose)
+        yield session
+
+
+def _end_app() -> None:
+    """Let running requests finish, then end the application and Serve with it."""
     with suppress(Exception):  # the cluster may be gone, which is what is wanted
-        ray_serve.shutdown()
-    if disconnect:
-        ray.shutdown()
+        # A cluster of our own ends with this process. Shutting Serve down on it would only print Ray's farewells.
+        ray_serve.delete(APP) if cluster.started_here() else ray_serve.shutdown()
 
 
 def _wait_for_signal() -> None:

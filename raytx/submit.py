@@ -130,10 +130,10 @@ def _client(address: str) -> JobSubmissionClient:
         raise RaytxError(f"{address} is no job server; its address looks like {DEFAULT_ADDRESS}")
     if ray_internals.has_token():
         ray_internals.use_token()
+    for kind in JobSubmissionClient.__mro__[:-1]:  # its words on uploads and sockets; each module set its own level
+        logging.getLogger(kind.__module__).setLevel(logging.WARNING)
     try:
-        client = JobSubmissionClient(address)
-        logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's words on uploads and sockets; it has just set its own
-        return client
+        return JobSubmissionClient(address)
     except Exception as error:
         raise _refusal(address, error) from None
 

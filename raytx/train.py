@@ -152,9 +152,7 @@ def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> Torch
     return TorchTrainer(
         _worker_main,
         train_loop_config={"plan": plan.to_dict(), "board": board},
-        torch_config=TorchConfig(
-            backend="nccl" if recipe.scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
-        ),
+        torch_config=TorchConfig(backend="nccl" if recipe.scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=plan.world_size,
             use_gpu=recipe.scaling.use_gpu,
@@ -319,4 +317,3 @@ def _quieten() -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     if not os.environ.get("RAYTX_VERBOSE"):
         logging.getLogger("ray.train").setLevel(logging.ERROR)
-

@@ -14,7 +14,7 @@ import numpy as np
 
 from raytx import checkpoint
 from raytx.artifact import Golden
-from raytx.batches import Batches, evaluation_batches
+from raytx.batches import Batches, evaluation_batches, spread
 from raytx.checkpoint import State
 from raytx.components import Engine, Microbatch
 from raytx.errors import TrainingStopped
@@ -50,9 +50,7 @@ def train(plan: Plan, session: Session) -> State:
     random.seed(plan.recipe.train.seed)
     np.random.seed(plan.recipe.train.seed)
     with strategy.init_context(plan.recipe.train.seed):
-        module = model.module(
-            prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing
-        )
+        module = model.module(prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing)
     for step in plan.recipe.compression:
         module = step.build().prepare(module)
     engine = strategy.engine(module, plan=plan, rank=session.rank)
@@ -149,18 +147,16 @@ class _Loop:
             plan=self.plan,
             state=state,
             golden=self.golden(),
-            demo=self.task.demo(self.shown[range(min(DEMO_SAMPLES, len(self.shown)))]),
+            demo=self.task.demo(self.shown[spread(len(self.shown), DEMO_SAMPLES)]),
         )
         if self.session.rank == 0:
-            checkpoint.retain(
-                run_dir, num_to_keep=self.plan.recipe.save.num_to_keep, best_step=state.best_step
-            )
+            checkpoint.retain(run_dir, num_to_keep=self.plan.recipe.save.num_to_keep, best_step=state.best_step)
             seconds = time.monotonic() - started
             self.session.log({"kind": "checkpoint", "step": state.step, "name": path.name, "seconds": seconds})
 
     def golden(self) -> Golden:
         """Record what the engine answers to a few samples, held-out ones where there are any."""
-        features = self.task.golden(self.shown[range(min(GOLDEN_SAMPLES, len(self.shown)))])
+        features = self.task.golden(self.shown[spread(len(self.shown), GOLDEN_SAMPLES)])
         _, logits = self.engine.eval_batch(Microbatch(features, weight=1.0, seed=0), logits=True)
         return Golden(features, logits if logits is not None else np.zeros(0, dtype=np.float32))
 

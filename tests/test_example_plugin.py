@@ -71,7 +71,6 @@ def test_its_own_conformance_tests_pass_where_it_is_installed(environment: Envir
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 def test_its_recipe_trains_compresses_and_exports(environment: Environment) -> None:
     overrides = [f"storage_path={environment.home}", "train.steps=12", "evaluate.every=6", "data.max_bytes=60000"]
     environment.run("-m", "raytx", "train", "source/recipe.yaml", *overrides, timeout=600)

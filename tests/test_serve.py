@@ -181,6 +181,8 @@ class Server:
     said: list[str]
     trace: Path
     """A line for each forward pass: process id, rows."""
+    client: httpx.Client
+    """One for all threads: making one takes longer than the server's answer."""
 
     def passes(self) -> list[tuple[int, int]]:
         if not self.trace.exists():
@@ -189,7 +191,7 @@ class Server:
         return [(int(pid), int(rows)) for pid, rows in (line.split() for line in lines)]
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return self.client.post(self.url + path, json=body, **options)
 
     def complete(self, prompt: Any, **fields: Any) -> httpx.Response:
         return self.post("/v1/completions", {"model": "echo", "prompt": prompt, "temperature": 0} | fields)
@@ -225,9 +227,10 @@ def running(task: str, site: Path, tmp_path: Path, *, key: str | None = None, **
     reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
     reader.start()
     try:
-        until(lambda: any("curl" in line for line in said) or process.poll() is not None, 120)
+        until(lambda: any("curl" in line for line in said) or process.poll() is not None, 180)
         assert process.poll() is None, "".join(said)
-        yield Server(f"http://127.0.0.1:{port}", process, said, trace)
+        with httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            yield Server(f"http://127.0.0.1:{port}", process, said, trace, client)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, "".join(said)
         with pytest.raises(httpx.ConnectError):
@@ -347,7 +350,7 @@ def test_one_request_that_makes_the_model_fail_does_not_fail_its_neighbours(comp
 def test_overload_is_answered_503_at_once_and_the_rest_in_bounded_time(completions: Server) -> None:
     def timed(number: int) -> tuple[int, float, httpx.Response]:
         began = time.monotonic()
-        answer = completions.complete(str(number), max_tokens=40)
+        answer = completions.complete(str(number), max_tokens=20)
         return answer.status_code, time.monotonic() - began, answer
 
     with ThreadPoolExecutor(48) as pool:
@@ -355,11 +358,11 @@ def test_overload_is_answered_503_at_once_and_the_rest_in_bounded_time(completio
     refused = [(seconds, answer) for status, seconds, answer in results if status == 503]
     served = [seconds for status, seconds, _ in results if status == 200]
     assert {status for status, _, _ in results} == {200, 503}
-    assert len(refused) >= 48 - 4 - 8 - 4  # what runs, what may wait, and what finishes meanwhile
+    assert len(refused) >= 16  # 4 run and 8 wait; a slow machine finishes some before the last has come
     assert all(answer.headers["retry-after"] == "1" for _, answer in refused)
     assert all(answer.json()["error"]["type"] == "overloaded_error" for _, answer in refused)
     assert max(seconds for seconds, _ in refused) < 2.0
-    assert max(served) < 4.0 + 2.0  # the deadline of a request
+    assert max(served) < 4.0 + 1.0  # the deadline of a request, and the way there and back
     assert completions.complete("after", max_tokens=5).json()["choices"][0]["text"] == "after"
 
 

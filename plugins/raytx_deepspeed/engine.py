@@ -163,12 +163,16 @@ class DeepSpeedEngine:
             safe_set_full_fp32_param(parameter, weight)
             self._set_working_copy(parameter, weight)
             for part in MOMENTS:
-                safe_set_full_optimizer_state(parameter, torch.from_numpy(read(name, part)).to(self._engine.device), part)
+                safe_set_full_optimizer_state(
+                    parameter, torch.from_numpy(read(name, part)).to(self._engine.device), part
+                )
 
     def _load_whole(self, read: Callable[[str, Part], np.ndarray]) -> None:
         for name, parameter in self._trained.items():
             parameter.data.copy_(torch.from_numpy(read(name, "weight")))
-            self._base().state[parameter] = {part: torch.from_numpy(read(name, part)).to(self._engine.device) for part in MOMENTS}
+            self._base().state[parameter] = {
+                part: torch.from_numpy(read(name, part)).to(self._engine.device) for part in MOMENTS
+            }
 
     def _set_working_copy(self, parameter: nn.Parameter, weight: torch.Tensor) -> None:
         """The copy that forward uses is separate from the master, in fp32 too."""
@@ -182,8 +186,8 @@ class DeepSpeedEngine:
     def _materialise(self) -> None:
         """Create Adam's moments, as zeros, before the first step.
 
-        ZeRO links parameters to their moments once, after the first of its parameter groups has stepped, when the others
-        have none yet: without this the moments of all but the first group could not be read or set.
+        ZeRO links parameters to their moments once, after the first of its parameter groups has stepped, when the
+        others have none yet: without this the moments of all but the first group could not be read or set.
         """
         base = self._base()
         for partition in self._partitions():

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from raytx.components import ExportConfig, Exporter
-from raytx.tasks.base import Runner
-
-if TYPE_CHECKING:
-    from raytx.artifact import Golden
 
 
 class OnnxExport(ExportConfig):
@@ -37,15 +33,20 @@ class OnnxExport(ExportConfig):
             "int8-modules": "its int8 layers call torch operators that ONNX lacks; set quantize: dynamic here instead"
         }
 
-    def distance(self, golden: Golden, runner: Runner) -> tuple[float, float]:
-        """Return how far a runner is from the golden logits, and how far it may be: absolute, or relative with int8.
+    def judge(self, *, difference: float, relative_error: float) -> str | None:
+        """Return why the exported form is refused, or None: by its difference, or by its relative error with int8.
 
         int8 rounds weights and activations to a share of their range, so what it costs scales with the logits: a limit
         in absolute terms would say more of their scale than of the quantisation.
         """
         if self.quantize is None:
-            return golden.difference(runner), self.max_difference
-        return golden.relative_error(runner), self.max_relative_error
+            return super().judge(difference=difference, relative_error=relative_error)
+        if relative_error <= self.max_relative_error:
+            return None
+        return (
+            f"int8 moves its logits by {relative_error:.3f} of the golden ones' norm, max_relative_error is "
+            f"{self.max_relative_error:g}; export without quantize, or raise the limit"
+        )
 
     def build(self) -> Exporter:
         from raytx_onnx.exporter import OnnxDirectory

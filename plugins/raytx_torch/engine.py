@@ -58,7 +58,10 @@ class TorchEngine:
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         optim = plan.recipe.optim
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._trained, weight_decay=optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps
+            parameter_groups(self._trained, weight_decay=optim.weight_decay),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
         )
 
     # ---- steps
@@ -143,7 +146,10 @@ class TorchEngine:
         """What training changes: trained parameters (tied ones once) and saved buffers."""
         parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         buffers = {name: value for name, value in self.module.state_dict().items() if name not in parameters}
-        return {**self._trained, **{name: b for name, b in buffers.items() if isinstance(b, torch.Tensor) and b.numel()}}
+        return {
+            **self._trained,
+            **{name: b for name, b in buffers.items() if isinstance(b, torch.Tensor) and b.numel()},
+        }
 
     def peak_memory(self) -> int:
         if self._device.type == "cuda":

@@ -103,7 +103,10 @@ class CausalLM(Task):
     def demo(self, samples: Sequence[Features]) -> list[tuple[Request, str]]:
         prompts = [max(_documents(sample), key=len)[:24] for sample in samples]
         return [
-            ({"prompt": ids, "max_tokens": 32, "temperature": 0.0}, self.tokenizer.decode(ids, skip_special_tokens=True))
+            (
+                {"prompt": ids, "max_tokens": 32, "temperature": 0.0},
+                self.tokenizer.decode(ids, skip_special_tokens=True),
+            )
             for ids in prompts
         ]
 
@@ -192,7 +195,8 @@ def _documents(sample: Features) -> list[Segment]:
     """Split a sample's tokens where positions restart."""
     starts = [place for place, position in enumerate(sample["position_ids"]) if position == 0]
     return [
-        sample["input_ids"][start:end] for start, end in zip(starts, [*starts[1:], len(sample["input_ids"])], strict=True)
+        sample["input_ids"][start:end]
+        for start, end in zip(starts, [*starts[1:], len(sample["input_ids"])], strict=True)
     ]
 
 
@@ -245,7 +249,9 @@ class _Answer:
         """Return the characters not sent yet that later tokens cannot change (a half character, half a stop word)."""
         end = len(self.text)
         if not last and not self.finished:
-            end -= max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+            end -= max(
+                (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
+            )
             while end > self.sent and self.text[end - 1] == "\ufffd":
                 end -= 1
         piece, self.sent = self.text[self.sent : end], max(self.sent, end)

@@ -90,7 +90,9 @@ class SequenceClassification(Task):
         return {
             "loss": float(losses.mean()),
             "accuracy": float(accuracy_score(labels, predictions)),
-            "f1": float(f1_score(labels, predictions, average="macro", labels=range(len(self.labels)), zero_division=0)),
+            "f1": float(
+                f1_score(labels, predictions, average="macro", labels=range(len(self.labels)), zero_division=0)
+            ),
         }
 
     def baseline(self, samples: Iterable[Features]) -> tuple[str, dict[str, float]]:

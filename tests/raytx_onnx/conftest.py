@@ -94,7 +94,7 @@ def live(family: str, directory: Path) -> tuple[Exportable, Runner, dict[str, Fe
     module = model.merged(model.module(directory))
     with torch.no_grad():
         for weight in module.parameters():
-            weight.mul_(8 if weight.dim() > 1 else 1)
+            weight.mul_(4 if weight.dim() > 1 else 1)
     samples = list(task.features(rows(), unexpected))
     batches = {
         "packed": task.collate(samples[:2]),

@@ -32,11 +32,11 @@ def test_logits_are_the_models_on_padded_batches_of_sizes_that_were_not_traced(e
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_logits_compared_are_not_all_alike(export: Any, family: str) -> None:
+def test_the_logits_compared_differ_by_far_more_than_what_is_allowed(export: Any, family: str) -> None:
     """Else a graph that ignores its inputs would agree as well."""
     made = export(family)
     logits = made.live.logits(made.batches["padded"])
-    assert np.abs(logits - logits[:1]).max() > 0.1
+    assert np.abs(logits - logits[:1]).max() > 100 * 1e-4
 
 
 @pytest.mark.parametrize("family", CACHED)

@@ -20,14 +20,22 @@ def test_int8_is_smaller_and_within_the_relative_limit(export: Any, family: str)
     exact = export(family).directory / "model.onnx"
     assert (made.directory / "model.onnx").stat().st_size < 0.75 * exact.stat().st_size
     golden = Golden(made.batches["padded"], made.live.logits(made.batches["padded"]))
-    error, limit = config.distance(golden, made.runner)
-    assert 0 < error <= limit == config.max_relative_error
+    error = golden.relative_error(made.runner)
+    assert 0 < error <= config.max_relative_error
+    assert config.judge(difference=golden.difference(made.runner), relative_error=error) is None
 
 
-def test_an_exact_graph_is_judged_by_its_absolute_difference(export: Any) -> None:
-    made, config = export("bert"), OnnxExport()
-    golden = Golden(made.batches["padded"], made.live.logits(made.batches["padded"]))
-    assert config.distance(golden, made.runner) == (golden.difference(made.runner), config.max_difference)
+def test_an_exact_graph_is_judged_by_its_absolute_difference() -> None:
+    assert OnnxExport().judge(difference=1e-5, relative_error=0.5) is None
+    assert "max_difference" in str(OnnxExport().judge(difference=1e-3, relative_error=0.0))
+
+
+def test_an_int8_graph_is_judged_by_its_relative_error() -> None:
+    config = OnnxExport(quantize="dynamic", max_relative_error=0.02)
+    assert config.judge(difference=3.0, relative_error=0.01) is None
+    assert "0.030 of the golden ones' norm, max_relative_error is 0.02" in str(
+        config.judge(difference=1e-5, relative_error=0.03)
+    )
 
 
 def test_the_report_tells_sizes_and_error(export: Any) -> None:
@@ -40,7 +48,7 @@ def test_the_report_tells_sizes_and_error(export: Any) -> None:
 
 def test_an_error_over_the_limit_refuses_the_export(export: Any, tmp_path: Path) -> None:
     config = OnnxExport(quantize="dynamic", exporter="torch", max_relative_error=1e-6)
-    with pytest.raises(ArtifactError, match=r"max_relative_error allows 1e-06. Export without quantize"):
+    with pytest.raises(ArtifactError, match="max_relative_error is 1e-06; export without quantize"):
         config.build().save(export("bert").exportable, tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from raytx.components import Exportable
+from raytx.registry import registry
 from raytx_torch.int8 import DynamicInt8
 from raytx_torch.int8_linear import Int8Linear
 
@@ -85,6 +88,24 @@ def test_the_state_dict_goes_through_safetensors_into_a_restored_module(tmp_path
     restored(ids)  # packs weights that are not the final ones
     restored.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(restored(ids).logits, wanted)
+
+
+def test_the_hugging_face_export_writes_and_loads_it(tmp_path: Path) -> None:
+    texts = ["the quick brown fox", "import os", "jumps over the lazy dog", "print(x)"]
+    rows = [{"text": text, "label": str(place % 2)} for place, text in enumerate(texts)]
+    config = {"model_type": "bert", "vocab_size": 120, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4}
+    fields = {"task": "sequence-classification", "config": config, "tokenizer": {"train": "wordpiece"}}
+    model = registry().parse("model", {"type": "hf", **fields}).build()
+    model.fit(lambda: iter(rows), tmp_path, max_length=32)
+    task, compressor = model.task(tmp_path), DynamicInt8().build()
+    module = compressor.convert(model.merged(model.module(tmp_path)))
+    batch = task.golden(list(task.features(rows, lambda index, reason: None)))
+    exporter, directory = registry().parse("export", {"type": "hf"}).build(), tmp_path / "hf"
+    directory.mkdir()
+    exporter.save(Exportable(model, module, task, batch, card="# Card\n", compressors=[compressor]), directory)
+    loaded = exporter.load(directory, model, [compressor])
+    np.testing.assert_array_equal(loaded.logits(batch), model.runner(module).logits(batch))
 
 
 def test_the_saved_layers_take_about_a_quarter_of_their_bytes() -> None:

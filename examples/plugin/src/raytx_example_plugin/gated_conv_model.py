@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -52,6 +59,11 @@ class GatedConvForCausalLM(PreTrainedModel, GenerationMixin):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mixer):  # an equal say for each of the last tokens, and the variance of one
+            initialization.normal_(module.taps, std=module.kernel_size**-0.5)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -106,7 +118,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.kernel_size = config.kernel_size
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
-        self.taps = nn.Embedding(config.kernel_size, config.hidden_size)  # row n weighs the token n places back
+        self.taps = nn.Parameter(torch.empty(config.kernel_size, config.hidden_size))  # row n: the token n places back
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, positions: Tensor, window: Window) -> tuple[Tensor, Window]:
@@ -118,7 +130,7 @@ class Mixer(nn.Module):
         for back in range(self.kernel_size):
             start = self.kernel_size - 1 - back
             inside = (positions >= back)[..., None].to(value.dtype)
-            mixed = mixed + self.taps.weight[back] * inside * extended[:, start : start + length]
+            mixed = mixed + self.taps[back] * inside * extended[:, start : start + length]
         return self.out_proj(nn.functional.silu(gate) * mixed), extended[:, length:]
 
     def empty_window(self, hidden: Tensor) -> Window:

@@ -1,0 +1,121 @@
+"""Show that the numbers do not depend on the machines: the same recipe under several strategies, step by step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from raytx.errors import RaytxError, RecipeError
+from raytx.files import write_json
+from raytx.journal import METRICS, rows
+from raytx.plan import resolve
+from raytx.recipe import Recipe
+from raytx.train import fit
+
+STRATEGIES = ("single", "ddp", "deepspeed stage=0", "deepspeed stage=1", "deepspeed stage=2", "deepspeed stage=3")
+"""Compared when none are named; the first is what the others are held to."""
+COMPARED = ("loss", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one strategy was from the first."""
+
+    strategy: str
+    workers: int
+    steps: int
+    loss: float
+    """Largest relative difference of the loss at any step."""
+    grad_norm: float
+    """Largest relative difference of the gradient norm at any step."""
+    last_loss: float
+
+
+def parity(
+    recipe: Recipe, *, strategies: Sequence[str] = STRATEGIES, steps: int = 20, limit: float = 1e-5, console: Console
+) -> list[Row]:
+    """Train a few steps under each strategy, on the Ray this process is connected to; return the table.
+
+    Writes parity.json into the recipe's run directory, where the report finds it. Raises RaytxError, after the table is
+    shown and written, when a strategy is further from the first than the limit.
+    """
+    curves = {strategy: _curve(recipe, strategy, steps, console) for strategy in strategies}
+    reference = curves[strategies[0]]
+    table = [_compare(strategy, curve, reference) for strategy, curve in curves.items()]
+    run_dir = resolve(recipe).run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "parity.json", [asdict(row) for row in table])
+    console.print(_shown(table))
+    if far := [row.strategy for row in table if not max(row.loss, row.grad_norm) <= limit]:
+        raise RaytxError(f"{', '.join(far)}: further than {limit:.0e} from {strategies[0]}; see the table above")
+    return table
+
+
+def _curve(recipe: Recipe, strategy: str, steps: int, console: Console) -> list[dict[str, Any]]:
+    """Train anew under one strategy and return its step rows."""
+    values = _strategy(strategy)
+    changed = recipe.override(
+        {
+            "name": f"{recipe.name}.{strategy.replace(' ', '-').replace('=', '')}",
+            "strategy": values,
+            "train.steps": steps,
+            "train.epochs": None,
+            "export": [],
+            "compression": [],
+            "evaluate.every": None,
+            "save.every": None,
+            **({"scaling.num_workers": 1} if values["type"] == "single" else {}),
+        }
+    )
+    plan = resolve(changed)
+    shutil.rmtree(plan.run_dir, ignore_errors=True)
+    with console.status(f"{steps} steps under {strategy}"):
+        fit(plan, export=False)
+    return [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
+
+
+def _strategy(text: str) -> dict[str, Any]:
+    """Read "deepspeed stage=2" as {type: deepspeed, stage: 2}."""
+    type_, *settings = text.split()
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [key for key, separator, _ in pairs if not separator]:
+        raise RecipeError(f"strategy {text!r}: {wrong[0]!r} must be key=value, as in 'deepspeed stage=2'")
+    return {"type": type_, **{key: yaml.safe_load(value) for key, _, value in pairs}}
+
+
+def _compare(strategy: str, curve: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> Row:
+    pairs = list(zip(curve, reference, strict=True))
+    far = {
+        key: max(abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-12) for ours, theirs in pairs)
+        for key in COMPARED
+    }
+    return Row(
+        strategy=strategy,
+        workers=curve[0]["workers"],
+        steps=len(curve),
+        loss=far["loss"],
+        grad_norm=far["grad_norm"],
+        last_loss=curve[-1]["loss"],
+    )
+
+
+def _shown(table: Sequence[Row]) -> Table:
+    shown = Table(box=None, header_style="bold")
+    for title in ("strategy", "workers", "steps", "last loss", "loss differs by", "gradient norm by"):
+        shown.add_column(title, justify="left" if title == "strategy" else "right")
+    for row in table:
+        shown.add_row(
+            row.strategy,
+            str(row.workers),
+            str(row.steps),
+            f"{row.last_loss:.6f}",
+            f"{row.loss:.1e}",
+            f"{row.grad_norm:.1e}",
+        )
+    return shown

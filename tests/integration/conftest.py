@@ -1,0 +1,109 @@
+"""A tiny real recipe, and process groups of several ranks on one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raytx.plan import Plan, resolve
+from raytx.prepare import prepare
+from raytx.recipe import Recipe, parse
+
+RANK = Path(__file__).with_name("rank.py")
+ROWS = "import os\n\ndef f{0}(x):\n    '''Return x plus {0}.'''\n    return x + {0}\n" * 3
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small source files."""
+    directory = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        (directory / f"file{number:02}.txt").write_text(ROWS.format(number))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One storage path for all runs, so that they share prepared data."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def recipe(corpus: Path, storage: Path) -> Callable[..., Recipe]:
+    """Make a recipe of a tiny decoder, with dotted values replaced."""
+
+    def make(name: str, **values: Any) -> Recipe:
+        plain = {
+            "name": name,
+            "storage_path": str(storage),
+            "model": {
+                "type": "decoder",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "intermediate_size": 64,
+                "max_position_embeddings": 64,
+                "vocab_size": 320,
+                "tokenizer": {"train": "bpe", "vocab_size": 320},
+            },
+            "data": {"type": "text-files", "path": str(corpus), "split": {"test": 0.2}},
+            "strategy": {"type": "single"},
+            "optim": {"lr": 5e-3, "weight_decay": 0.1, "warmup": 3, "schedule": "cosine", "max_grad_norm": 0.5},
+            "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "max_length": 32, "seed": 3},
+        }
+        return parse(plain).override({key.replace("__", "."): value for key, value in values.items()})
+
+    return make
+
+
+def prepared(recipe: Recipe) -> Plan:
+    return prepare(resolve(recipe), Console(quiet=True))[0]
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[Recipe]], list[list[dict[str, Any]]]]:
+    """Train recipes of one world size, one after the other, in one group of rank processes; return what each logged."""
+
+    def run(recipes: Sequence[Recipe]) -> list[list[dict[str, Any]]]:
+        directory = tmp_path_factory.mktemp("ranks")
+        plans = [prepared(recipe) for recipe in recipes]
+        (world_size,) = {plan.world_size for plan in plans}
+        paths = []
+        for place, plan in enumerate(plans):
+            paths.append(directory / f"{place:02}.json")
+            paths[-1].write_text(json.dumps(plan.to_dict()))
+        _launch(world_size, directory / uuid.uuid4().hex, paths)
+        return [[json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] for path in paths]
+
+    return run
+
+
+def _launch(world_size: int, rendezvous: Path, plans: Sequence[Path]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(RANK), str(rank), str(world_size), str(rendezvous), *map(str, plans)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.returncode for rank in ranks]
+    assert codes == [0] * world_size, "\n".join(output[-3000:] for output in outputs)
