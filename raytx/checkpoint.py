@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from raytx.artifact import GOLDEN, Golden
 from raytx.components import Engine, Part
-from raytx.errors import CheckpointError, TrainingStopped
+from raytx.errors import CheckpointError, TrainingError
 from raytx.files import disagreements, inventory, read_json, sync_directory, write_json
 from raytx.plan import Plan
 from raytx.tasks.base import Request
@@ -129,7 +129,7 @@ Demo = list[tuple[Request, str]]
 def commit(engine: Engine, run_dir: Path, *, rank: int, plan: Plan, state: State, golden: Golden, demo: Demo) -> Path:
     """Write a checkpoint, all ranks together; it exists when this returns. Collective.
 
-    Raises TrainingStopped on every rank when any of them cannot write (disk full, read-only storage); what is half
+    Raises TrainingError on every rank when any of them cannot write (disk full, read-only storage); what is half
     written is removed and earlier checkpoints stay.
     """
     target = run_dir / "checkpoints" / _name(state.step)
@@ -145,7 +145,7 @@ def _agree(engine: Engine, target: Path, error: str | None) -> None:
     failures = [f"rank {rank}: {text}" for rank, text in enumerate(engine.gather(error)) if text]
     if failures:
         shutil.rmtree(target.with_name(f".{target.name}.staging"), ignore_errors=True)
-        raise TrainingStopped(
+        raise TrainingError(
             f"could not save {target}: {'; '.join(failures)}. Free or repair the storage and run the same command "
             "again: it goes on from the last complete checkpoint"
         )

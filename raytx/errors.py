@@ -26,8 +26,8 @@ class ResourceError(RaytxError):
     """The cluster or machine has less than the plan needs."""
 
 
-class TrainingStopped(RaytxError):
-    """Training cannot go on, and every rank knows it at the same step: the loss is not finite, nothing can be saved."""
+class TrainingError(RaytxError):
+    """Training cannot go on and every rank knows it at the same step: the loss is not finite, nothing can be saved."""
 
 
 class CheckpointError(RaytxError):

@@ -178,7 +178,8 @@ def card(plan: Plan, source: Checkpoint, compressed: Compressed) -> str:
 
 # {recipe.name}
 
-Task {task.name}, {plan.size.parameters:,} parameters ({plan.size.trainable:,} trained), step {source.step} of {plan.steps}.
+Task {task.name}; {plan.size.parameters:,} parameters, {plan.size.trainable:,} of them trained; step {source.step} of
+{plan.steps}.
 
 ## Evaluation (held-out split)
 
@@ -192,8 +193,8 @@ Task {task.name}, {plan.size.parameters:,} parameters ({plan.size.trainable:,} t
 
 ## Reproduce
 
-Save the recipe below as `recipe.yaml` and run `raytx train recipe.yaml` (raytx {plan.version}). The numbers do not depend
-on the workers used: {plan.world_size} x {recipe.strategy.type} here.
+Save the recipe below as `recipe.yaml` and run `raytx train recipe.yaml` (raytx {plan.version}). The numbers do not
+depend on the workers used: {plan.world_size} x {recipe.strategy.type} here.
 
 ```yaml
 {recipe.to_yaml().strip()}

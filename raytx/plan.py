@@ -183,8 +183,8 @@ def _accumulation(recipe: Recipe, layout: Layout) -> int:
     if rest or not steps:
         near = max(1, round(wanted / (micro * ranks))) * micro * ranks
         raise RecipeError(
-            f"train.global_batch_size={wanted} is no multiple of train.micro_batch_size={micro} x {ranks} data-parallel "
-            f"ranks = {micro * ranks}. Use {near}, or a micro_batch_size that divides {wanted / ranks:g}"
+            f"train.global_batch_size={wanted} is no multiple of train.micro_batch_size={micro} x {ranks} "
+            f"data-parallel ranks = {micro * ranks}. Use {near}, or a micro_batch_size that divides {wanted / ranks:g}"
         )
     return steps
 

@@ -229,16 +229,15 @@ def _start(app: Application, args: ServeArgs, *, verbose: bool) -> None:
     try:
         ray_serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
-        raise ArtifactError(f"{args.directory}: could not be served: {_reason()}") from error
+        raise ArtifactError(f"the replica could not start: {_failure()}") from error
 
 
-def _reason() -> str:
-    """Return the line that names the error, of the traceback that a replica left with the controller."""
-    replicas = ray_serve.status().applications[APP].deployments[REPLICA]
-    lines = [line.strip() for line in replicas.message.splitlines() if line.strip()]
-    print(replicas.message)
-    named = [line for line in lines if line.startswith("raytx.errors.")]
-    return str(named[-1].partition(": ")[2] if named else lines[-1])
+def _failure() -> str:
+    """Return the line that names the error in the traceback that a replica left with the controller."""
+    deployments = ray_serve.status().applications[APP].deployments.values()
+    lines = [line.strip() for deployment in deployments for line in deployment.message.splitlines() if line.strip()]
+    ours = [line.partition(": ")[2] for line in lines if line.startswith("raytx.errors.")]
+    return str((ours or lines)[-1])
 
 
 @contextmanager

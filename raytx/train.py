@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from raytx import checkpoint, cluster, run, worker
-from raytx.errors import RaytxError, TrainingStopped
+from raytx.errors import RaytxError, TrainingError
 from raytx.export import Exported
 from raytx.export import export as export_checkpoint
 from raytx.journal import Journal
@@ -144,7 +144,7 @@ def _run_workers(plan: Plan, prepared: Prepared, callbacks: Sequence[UserCallbac
             outcome = _trainer(plan, board, callbacks).fit
             state = _result(outcome, plan)
     if "stopped" in state:
-        raise TrainingStopped(state["stopped"])
+        raise TrainingError(state["stopped"])
 
 
 def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> TorchTrainer:
@@ -189,7 +189,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         session = worker.Session(rank=rank, log=log, report=lambda metrics: ray.train.report(dict(metrics)))
         try:
             return {"step": worker.train(plan, session).step}
-        except TrainingStopped as stop:  # every rank stops at the same step; a restart would only repeat it
+        except TrainingError as stop:  # every rank stops at the same step; a restart would only repeat it
             return {"stopped": str(stop)}
 
 

@@ -17,7 +17,7 @@ from raytx.artifact import Golden
 from raytx.batches import Batches, evaluation_batches, spread
 from raytx.checkpoint import State
 from raytx.components import Engine, Microbatch
-from raytx.errors import TrainingStopped
+from raytx.errors import TrainingError
 from raytx.files import read_json
 from raytx.plan import Plan
 from raytx.prepare import META, Prepared, Samples
@@ -107,7 +107,7 @@ class _Loop:
         seconds = time.monotonic() - started
         step = state.step + 1
         if not all(map(math.isfinite, metrics.values())):
-            raise TrainingStopped(
+            raise TrainingError(
                 f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged. "
                 f"Samples of the batch: {self.batches.indices(state.step).tolist()[:64]}. Lower optim.lr, lengthen "
                 "optim.warmup or look at these samples"

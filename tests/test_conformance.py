@@ -37,7 +37,7 @@ FIELDS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("model", "hf"): [CAUSAL, CAUSAL | {"packing": False}, CLASSIFIER, CAUSAL | {"adapter": {"r": 4}}],
     ("data", "text-files"): [{"path": "{texts}", "split": {"test": 0.2}}],
     ("data", "files"): [{"path": "{table}", "split": {"test": 0.2}}],
-    ("data", "datasets"): [{"path": "{tables}", "split": {"test": 0.2}}],
+    ("data", "datasets"): [{"name": "{tables}", "split": {"test": 0.2}}],
     ("strategy", "deepspeed"): [{"stage": stage} for stage in range(4)],
     ("compression", "l1-pruning"): [{"amount": 0.5}, {"amount": 0.5, "scope": "layer"}],
     ("export", "onnx"): [{}, {"quantize": "dynamic"}],
@@ -96,7 +96,7 @@ def test_the_hf_export_holds_every_compressed_form(compression: str) -> None:
     check_export(component("export", "hf", {}), compression=[component("compression", compression, {})])
 
 
-def test_a_model_with_bias_correcting_dropout_is_deterministic_when_it_is_only_asked() -> None:
+def test_a_model_with_dropout_is_deterministic_when_it_is_only_asked() -> None:
     dropping = BERT | {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
     model = component("model", "hf", CLASSIFIER | {"config": dropping})
     check_model(model)

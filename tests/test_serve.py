@@ -201,31 +201,32 @@ class Server:
         return self.post("/v2/models/echo/infer", {"inputs": [tensor]})
 
 
-@contextlib.contextmanager
-def running(task: str, site: Path, tmp_path: Path, *, key: str | None = None, **settings: Any) -> Iterator[Server]:
-    """Serve in a process of its own, as `raytx serve` does; end it with SIGTERM and demand exit code 0."""
-    port, trace = free_port(), tmp_path / "trace"
-    temporary = tempfile.mkdtemp(prefix="rx", dir="/tmp")  # short, because Ray puts Unix sockets there
-    given = {"port": port} | settings
-    code = (
-        "import sys; from pathlib import Path; from raytx_echo import write_artifact; from raytx.serve import serve\n"
-        f"serve(write_artifact(Path({str(tmp_path)!r}), {task!r}, step_s={STEP_S}, trace={str(trace)!r}), **{given!r})"
-    )
+def launch(site: Path, code: str, **variables: str) -> subprocess.Popen[str]:
+    """Start a process that has the echo plugin and a Ray of its own."""
     environment = {
         **os.environ,
         **PLUGIN,
         "PYTHONPATH": str(site),
-        "RAY_TMPDIR": temporary,
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="rx", dir="/tmp"),  # short, because Ray puts Unix sockets there
         "RAY_AUTH_MODE": "disabled",
         "PYTHONUNBUFFERED": "1",
-    } | ({"RAYTX_API_KEY": key} if key else {})
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    }
+    code = f"from pathlib import Path; from raytx_echo import *; from raytx.serve import serve\n{code}"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment | variables, **pipes)
+
+
+@contextlib.contextmanager
+def running(task: str, site: Path, tmp_path: Path, *, key: str | None = None, **settings: Any) -> Iterator[Server]:
+    """Serve in a process of its own, as `raytx serve` does; end it with SIGTERM and demand exit code 0."""
+    port, trace = free_port(), tmp_path / "trace"
+    given = {"port": port} | settings
+    code = (
+        f"serve(write_artifact(Path({str(tmp_path)!r}), {task!r}, step_s={STEP_S}, trace={str(trace)!r}), **{given!r})"
     )
+    process = launch(site, code, **({"RAYTX_API_KEY": key} if key else {}))
     said: list[str] = []
-    assert process.stdout is not None
-    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
-    reader.start()
+    threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True).start()
     try:
         until(lambda: any("curl" in line for line in said) or process.poll() is not None, 180)
         assert process.poll() is None, "".join(said)
@@ -469,3 +470,18 @@ def test_a_replica_that_dies_is_replaced(classification: Server) -> None:
     os.kill(victim, signal.SIGKILL)
     until(lambda: ask().status_code == 200 and classification.passes()[-1][0] != victim, 60)
     until(lambda: httpx.get(f"{classification.url}/healthz").status_code == 200)
+
+
+@ray
+def test_an_artifact_that_disagrees_with_its_golden_outputs_is_not_served(site: Path, tmp_path: Path) -> None:
+    """Its hashes are right, so only the replica, which loads it, can tell."""
+    code = (
+        "EchoRunner.logits, honest = lambda self, features: 1 + honest(self, features), EchoRunner.logits\n"
+        f"directory = write_artifact(Path({str(tmp_path)!r}), 'causal-lm')\n"
+        f"serve(directory, port={free_port()})"
+    )
+    process = launch(site, code)
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 1
+    assert "raytx.errors.ArtifactError: the replica could not start" in said
+    assert "differ by 1.00e+00 from the golden ones" in said.splitlines()[-1]

@@ -53,7 +53,7 @@ READS = {
 from raytx.errors import RecipeError
 from raytx.recipe import parse
 try:
-    parse({"name": "x", "model": {"type": "decoder", "hiden": 3}, "data": {"type": "flies"}, "strategy": {"type": "dp"}})
+    parse({"name": "x", "model": {"type": "decoder", "hiden": 3}, "data": {"type": "flies"}, "export": "x"})
 except RecipeError as error:
     assert "3 mistakes" in str(error), error
 else:

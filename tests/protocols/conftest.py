@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from raytx_echo import Echo, EchoRunner
 
 from raytx.protocols import PROTOCOLS, Description, application
 from raytx.sections import Serving
 from raytx.tasks import Request, Response
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the plugin is
+
+from raytx_echo import Echo, EchoRunner
 
 BASE_URL = "http://127.0.0.1:8000"
 
