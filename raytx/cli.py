@@ -211,11 +211,16 @@ def serve(artifact: str, address: str | None, verbose: bool, **settings: Any) ->
 @commands.command()
 @click.argument("recipe")
 @OVERRIDES
-@click.option("--address", default="http://127.0.0.1:8265", show_default=True, help="The cluster's job server.")
-@click.option("--working-dir", help="Directory uploaded with the recipe; the recipe's own when left out.")
+@click.option(
+    "--address", help="The cluster's job server; RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265 if left out."
+)
+@click.option(
+    "--working-dir", help="Directory to upload; where this is run if the recipe lies below, else the recipe's."
+)
 @click.option("--py-module", "py_modules", multiple=True, help="Plugin directory or wheel to upload; may be repeated.")
+@click.option("--python", default="python", show_default=True, help="Interpreter on the cluster.")
 @click.option("--no-wait", is_flag=True, help="Return when the job is accepted.")
-def submit(recipe: str, overrides: tuple[str, ...], address: str, no_wait: bool, **options: Any) -> None:
+def submit(recipe: str, overrides: tuple[str, ...], address: str | None, no_wait: bool, **options: Any) -> None:
     """Train RECIPE as a job on a cluster: check it here, upload it, follow its log, return its exit code."""
     from raytx.submit import submit as run
 

@@ -75,7 +75,7 @@ class Journal:
         elif kind == "checkpoint":
             self._console.print(f"step {record['step']:>6}  checkpoint {record['name']} committed", highlight=False)
         elif kind == "remark":
-            self._console.print(f"[yellow]{record['text']}[/]", highlight=False)
+            self._console.print(record["text"], style="yellow", highlight=False, markup=False)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

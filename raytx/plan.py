@@ -116,21 +116,20 @@ class Plan:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Return the values that decide the numbers: two plans that agree on them continue one another's run.
-
-        Workers, strategy, what is measured, saved, exported or served may change between a run and its continuation.
-        """
-        recipe = self.recipe.dump()
-        train = {key: value for key, value in recipe["train"].items() if key != "activation_checkpointing"}
-        return {
-            "model": recipe["model"],
-            "data": recipe["data"],
-            "optim": recipe["optim"],
-            "train": train,
-        }
+        """Return the values of the recipe that decide the numbers."""
+        return identity(self.recipe.dump())
 
     def fingerprint(self) -> str:
         return digest(self.identity())
+
+
+def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a dumped recipe that decide the numbers: two that agree on them continue one another's run.
+
+    Workers, strategy, what is measured, saved, exported or served may change between a run and its continuation.
+    """
+    train = {key: value for key, value in recipe["train"].items() if key != "activation_checkpointing"}
+    return {"model": recipe["model"], "data": recipe["data"], "optim": recipe["optim"], "train": train}
 
 
 def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan:

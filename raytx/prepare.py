@@ -92,7 +92,7 @@ def prepare(plan: Plan, console: Console) -> tuple[Plan, Prepared]:
         _make(plan, source, directory, console)
     prepared = Prepared(directory=directory, **read_json(directory / META))
     for remark in prepared.remarks:
-        console.print(f"[yellow]data:[/] {remark}", highlight=False)
+        console.print(f"data: {remark}", style="yellow", highlight=False, markup=False)
     return plan.with_data(directory=directory, num_samples=prepared.num_samples["train"]), prepared
 
 

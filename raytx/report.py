@@ -112,7 +112,7 @@ def page(run: Run) -> str:
     sections = [
         ("Curves", _curves(run)),
         ("Evaluation", _table(_evaluation_rows(run))),
-        ("Parity of strategies", _table(_rows(run.parity, "strategy"))),
+        ("Parity of strategies: largest relative differences", _table(_rows(run.parity, "strategy"))),
         ("Compression", _table(_rows(run.compression, "step"))),
         ("Artifacts", _table(run.artifacts)),
         ("Plan", _plan(run.plan)),
@@ -167,7 +167,7 @@ def _tiles(run: Run) -> str:
 
 def _evaluation_rows(run: Run) -> list[Record]:
     """Return the evaluations, and below them what the model had to beat."""
-    named = [{"step": record.get("name", "baseline"), **record} for record in run.baselines]
+    named = [{**record, "step": record.get("name", "baseline")} for record in run.baselines]
     hidden = {"kind", "name", "time", "seconds"}
     return [{key: value for key, value in row.items() if key not in hidden} for row in (*run.evaluations, *named)]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from raytx.errors import RecipeError, ResourceError
 from raytx.files import read_json, write_json, write_text
-from raytx.plan import Plan
+from raytx.plan import Plan, identity
 
 PLAN = "plan.json"
 PACKAGES = (
@@ -55,8 +55,7 @@ def check_same(plan: Plan) -> None:
     path = plan.run_dir / PLAN
     if not path.is_file() or not any((plan.run_dir / "checkpoints").glob("step-*")):
         return
-    earlier = read_json(path)["recipe"]
-    changed = differences({key: earlier.get(key) for key in plan.identity()}, plan.identity())
+    changed = differences(identity(read_json(path)["recipe"]), plan.identity())
     if changed:
         lines = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
         raise RecipeError(

@@ -12,9 +12,11 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -71,16 +73,16 @@ def serve(
     args = _arguments(directory, {"host": host, "port": port} | overrides)
     app = build_app(args)
     _check_port(args.host, args.port)
-    with _connected(address, verbose=verbose) as session:
+    with _signals() as wait, _connected(address, verbose=verbose) as session:
         _check_cluster(args)
         session.callback(_end_app)
         _start(app, args, verbose=verbose)
         print(_banner(args), flush=True)
-        if block:
-            _wait_for_signal()
-            print("stopping", flush=True)
-        else:
+        if not block:
             session.pop_all()
+            return _url(args)
+        wait()
+        print("stopping", flush=True)
     return _url(args)
 
 
@@ -251,30 +253,54 @@ def _connected(address: str | None, *, verbose: bool) -> Iterator[ExitStack]:
 
 
 def _end_app() -> None:
-    """Let running requests finish, then end the application and Serve with it."""
-    with suppress(Exception):  # the cluster may be gone, which is what is wanted
-        # A cluster of our own ends with this process. Shutting Serve down on it would only print Ray's farewells.
-        ray_serve.delete(APP) if cluster.started_here() else ray_serve.shutdown()
+    """Let running requests finish, then end the application and Serve with it.
+
+    A supervisor may have sent its SIGTERM to Ray's processes as well. Ray would wait a minute for a dead cluster and
+    then end this process with an error; so the wait is in a thread, and over when the cluster is gone.
+    """
+    # A cluster of our own ends with this process. Shutting Serve down on it would only print Ray's farewells.
+    end = partial(ray_serve.delete, APP) if cluster.started_here() else ray_serve.shutdown
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    address = ray.get_runtime_context().gcs_address
+    while ending.is_alive() and _answers(address):
+        ending.join(DRAIN_PERIOD_S)
 
 
-def _wait_for_signal() -> None:
-    """Wait for Ctrl-C or SIGTERM; a second one ends the process in the usual way."""
-    stop = threading.Event()
-    with _on_signal(stop):
-        stop.wait()
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
-def _on_signal(event: threading.Event) -> Iterator[None]:
-    """Set an event on SIGINT and SIGTERM. Only the main thread may take signals; elsewhere nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals() -> Iterator[Callable[[], None]]:
+    """Yield a function that waits for Ctrl-C or SIGTERM. Until the context ends, a second Ctrl-C interrupts the stop.
+
+    A second SIGTERM changes nothing: supervisors send one to the process and one to its group. Only the main thread may
+    take signals; elsewhere the function waits for ever.
+    """
+    stop = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    def wait() -> None:
+        for number in before if main else ():  # not before: ray.init takes SIGTERM for itself
+            signal.signal(number, handle)
+        stop.wait()
+
     try:
-        yield
+        yield wait
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if stop.is_set() else ():
             signal.signal(number, handler)
 
 

@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def fit(
                 num_workers=plan.world_size,
                 wait_s=plan.recipe.scaling.wait_s,
                 console=console,
+                placement_strategy=plan.recipe.scaling.placement_strategy,
             )
             _run_workers(plan, prepared, callbacks, console)
         chosen = checkpoint.chosen(run_dir)
@@ -201,7 +202,7 @@ def _result(fit: Callable[[], Any], plan: Plan) -> dict[str, Any]:
         state: dict[str, Any] = fit().return_value or {}
         return state
     except WorkerGroupError as error:
-        rank, cause = min(error.worker_failures.items())
+        rank, cause = first_cause(error.worker_failures)
         if (original := _original(cause)) is not None:
             raise original from None
         raise RaytxError(
@@ -247,10 +248,25 @@ class TellFailures(UserCallback):  # type: ignore[misc]
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = min(worker_exceptions.items())
-        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        text = f"worker {rank} failed ({last}); restarting all workers from the last checkpoint"
+        rank, error = first_cause(worker_exceptions)
+        text = f"worker {rank} failed ({_gist(error)}); restarting all workers from the last checkpoint"
         self._board.push.remote([{"kind": "remark", "text": text}])
+
+
+def first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Return the failure that brought the others about: a worker that died, then the lowest rank's error.
+
+    When a process dies, the others fail with a broken connection, which tells nothing.
+    """
+    return min(failures.items(), key=lambda item: (not isinstance(item[1], ray.exceptions.RayActorError), item[0]))
+
+
+def _gist(error: Exception) -> str:
+    """Return an error in a line: its last one, where Ray and torch put what happened."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()
 
 
 @contextlib.contextmanager

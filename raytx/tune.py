@@ -166,13 +166,14 @@ class Search:
         outcome, result = self._outcome(id_), result or {}
         heard = {self.metric: result[self.metric]} if self.metric in result else None
         steps = outcome.get("steps") or result.get("step", 0)
+        state = WORDS[status] if status in WORDS else self.ended(id_, failed=status == "ERROR")
         return Trial(
             id=id_,
             values={path: _plain(value) for path, value in values.items()},
-            state=WORDS[status] if status in WORDS else self.ended(id_, failed=status == "ERROR"),
+            state=state,
             evaluations=math.ceil(steps / (self.recipe.evaluate.every or max(steps, 1))),
             metrics=outcome.get("metrics") or heard,
-            error=outcome.get("error"),
+            error=outcome.get("error") if state == "failed" else None,  # being stopped looks like an error from inside
         )
 
     def ended(self, id_: str, *, failed: bool) -> State:

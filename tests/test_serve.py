@@ -213,12 +213,20 @@ def launch(site: Path, code: str, **variables: str) -> subprocess.Popen[str]:
     }
     code = f"from pathlib import Path; from raytx_echo import *; from raytx.serve import serve\n{code}"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment | variables, **pipes)
+    return subprocess.Popen([sys.executable, "-c", code], env=environment | variables, start_new_session=True, **pipes)
 
 
 @contextlib.contextmanager
-def running(task: str, site: Path, tmp_path: Path, *, key: str | None = None, **settings: Any) -> Iterator[Server]:
-    """Serve in a process of its own, as `raytx serve` does; end it with SIGTERM and demand exit code 0."""
+def running(
+    task: str,
+    site: Path,
+    tmp_path: Path,
+    *,
+    stop: Callable[[subprocess.Popen[str]], None],
+    key: str | None = None,
+    **settings: Any,
+) -> Iterator[Server]:
+    """Serve in a process of its own, as `raytx serve` does; stop it and demand exit code 0 and a free port."""
     port, trace = free_port(), tmp_path / "trace"
     given = {"port": port} | settings
     code = (
@@ -232,7 +240,7 @@ def running(task: str, site: Path, tmp_path: Path, *, key: str | None = None, **
         assert process.poll() is None, "".join(said)
         with httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
             yield Server(f"http://127.0.0.1:{port}", process, said, trace, client)
-        process.send_signal(signal.SIGTERM)
+        stop(process)
         assert process.wait(60) == 0, "".join(said)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/healthz")
@@ -241,18 +249,31 @@ def running(task: str, site: Path, tmp_path: Path, *, key: str | None = None, **
         process.wait()
 
 
+def terminate(process: subprocess.Popen[str]) -> None:
+    """Stop a server as a shell does: SIGTERM to the process alone."""
+    process.send_signal(signal.SIGTERM)
+
+
+def terminate_group(process: subprocess.Popen[str]) -> None:
+    """Stop a server as service managers do: SIGTERM to the process, and to Ray's processes with it."""
+    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+
+
 @pytest.fixture(scope="module")
 def completions(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"max_batch_size": 4, "max_ongoing_requests": 4, "max_queued_requests": 8, "batch_wait_s": 0.05}
     directory = tmp_path_factory.mktemp("completions")
-    with running("causal-lm", site, directory, timeout_s=4, max_body_bytes=10_000, **settings) as server:
+    options = settings | {"timeout_s": 4, "max_body_bytes": 10_000, "stop": terminate}
+    with running("causal-lm", site, directory, **options) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def classification(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("classification")
-    with running("sequence-classification", site, directory, key="sesame", batch_wait_s=0.1) as server:
+    options = {"key": "sesame", "batch_wait_s": 0.1, "stop": terminate_group}
+    with running("sequence-classification", site, directory, **options) as server:
         yield server
 
 

@@ -184,6 +184,19 @@ def test_the_winner_ran_to_its_end_and_has_the_best_number() -> None:
         assert "".join(trial.id for trial in ranked) == order
 
 
+def test_what_a_trial_left_in_its_directory_tells_how_it_ended(recipe: Recipe) -> None:
+    search, heard = tune.Search(recipe), {"loss": 0.5, "step": 3}
+    directory = search.trials_dir / "t"
+    directory.mkdir(parents=True)
+    assert search.trial("t", {}, "RUNNING", heard) == Trial("t", {}, "running", 2, {"loss": 0.5})
+    assert search.trial("t", {}, "TERMINATED", heard) == Trial("t", {}, "stopped", 2, {"loss": 0.5})
+    (directory / "trial.json").write_text('{"error": "the actor died"}')
+    assert search.trial("t", {}, "TERMINATED", heard) == Trial("t", {}, "stopped", 2, {"loss": 0.5})
+    assert search.trial("t", {}, "ERROR", heard) == Trial("t", {}, "failed", 2, {"loss": 0.5}, "the actor died")
+    (directory / "trial.json").write_text('{"metrics": {"loss": 0.25}, "steps": 6}')
+    assert search.trial("t", {}, "TERMINATED", heard) == Trial("t", {}, "finished", 3, {"loss": 0.25})
+
+
 def test_a_search_whose_trials_all_failed_says_why(recipe: Recipe) -> None:
     with pytest.raises(RaytxError, match="a: out of memory"):
         tune.Search(recipe)._finish([Trial("a", {}, "failed", error="out of memory")])

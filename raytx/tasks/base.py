@@ -30,7 +30,7 @@ TASK_FILE = "raytx_task.json"
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean cross entropy in nats of logits (..., classes) against integer labels (...), ignored ones left out."""
+    """Return the mean cross entropy in nats of logits (..., classes) against labels (...), ignored ones left out."""
     kept = labels != IGNORED
     logits, labels = logits[kept].astype(np.float64), labels[kept]
     top = logits.max(-1, keepdims=True)

@@ -122,8 +122,12 @@ class CausalLM(Task):
     def predict(self, runner: Runner, requests: Sequence[Request]) -> list[Response]:
         """Complete prompts. A request has "prompt" and optionally max_tokens, temperature, top_p, top_k, seed, stop."""
         prompts = [self.encode_prompt(request) for request in requests]
+        limits = self._limits(prompts, requests)
+        if len(requests) > 1 and max(map(len, prompts)) + max(limits) > self.context_length:
+            # A sequence that is done is carried along until all are; none may be carried past the model's positions.
+            return [answer for request in requests for answer in self.predict(runner, [request])]
         answers = [_Answer(self.tokenizer, request, len(ids)) for request, ids in zip(requests, prompts, strict=True)]
-        for tokens in decode(runner, prompts, [sampler(r) for r in requests], self._limits(prompts, requests)):
+        for tokens in decode(runner, prompts, [sampler(r) for r in requests], limits):
             for answer, token in zip(answers, tokens, strict=True):
                 answer.take(token, self.eos)
             if all(answer.finished for answer in answers):

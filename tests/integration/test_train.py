@@ -1,0 +1,206 @@
+"""Runs on Ray: what they leave behind, and how they end when something dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from rich.console import Console
+
+from raytx import checkpoint, cluster
+from raytx.errors import RecipeError, ResourceError, TrainingError
+from raytx.files import disagreements, read_json
+from raytx.journal import rows
+from raytx.plan import resolve
+from raytx.train import fit
+
+pytestmark = pytest.mark.ray
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    cluster.connect(num_cpus=4)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def slow(recipe):
+    """A run of two workers that takes some seconds, with a checkpoint every ten steps."""
+
+    def make(name, **values):
+        return recipe(
+            name,
+            strategy={"type": "ddp"},
+            scaling__num_workers=2,
+            train__steps=STEPS,
+            train__global_batch_size=32,
+            save__every=10,
+            **values,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(local_ray, slow):
+    return fit(resolve(slow("unbroken")), console=Console(quiet=True))
+
+
+def weights(result_or_dir):
+    directory = getattr(result_or_dir, "run_dir", result_or_dir)
+    return dict(checkpoint.newest(directory).weights())
+
+
+def assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+def steps_in(run_dir):
+    return [row["step"] for row in rows(run_dir / "metrics.jsonl") if row["kind"] == "step"]
+
+
+def workers_below(pid):
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_run_leaves_its_whole_record(unbroken):
+    run_dir = unbroken.run_dir
+    assert steps_in(run_dir) == list(range(1, STEPS + 1))
+    assert read_json(run_dir / "plan.json")["steps"] == STEPS
+    assert read_json(run_dir / "environment.json")["packages"]["torch"]
+    assert list((run_dir / "tensorboard").glob("events*"))
+    page = (run_dir / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    manifest = read_json(unbroken.checkpoint / "manifest.json")
+    assert disagreements(unbroken.checkpoint, manifest["files"]) == []
+    assert not [
+        path for path in run_dir.rglob("*") if path.suffix in {".pt", ".pkl", ".bin"} and ".ray" not in path.parts
+    ]
+    assert len(checkpoint.complete(run_dir)) == 2
+
+
+def test_a_finished_run_is_not_trained_again(unbroken, slow):
+    before = (unbroken.run_dir / "metrics.jsonl").read_text()
+    again = fit(resolve(slow("unbroken")), console=Console(quiet=True))
+    assert again.steps == STEPS
+    assert (unbroken.run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_survives_the_death_of_a_worker(unbroken, slow, capsys):
+    plan = resolve(slow("bereft"))
+    killed = []
+
+    def kill():
+        wait_until(lambda: len(steps_in(plan.run_dir)) >= 25)
+        victim = workers_below(os.getpid())[-1]
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = fit(plan, console=Console(width=200))
+    thread.join()
+    assert killed
+    journal = rows(plan.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in journal if row["kind"] == "resumed"]
+    assert steps_in(plan.run_dir) == list(range(1, STEPS + 1))
+    assert "restarting all workers from the last checkpoint" in capsys.readouterr().out
+    assert_same_weights(weights(result), weights(unbroken))
+
+
+def test_a_run_continues_after_the_death_of_its_driver(unbroken, slow, tmp_path):
+    recipe = slow("orphaned")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "raytx", "train", str(path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "COLUMNS": "200"}
+    run_dir = resolve(recipe).run_dir
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(steps_in(run_dir)) >= 25)
+    family = [driver, *psutil.Process(driver.pid).children(recursive=True)]
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs([p for p in family if isinstance(p, psutil.Process)], timeout=30)
+    assert not [p for p in alive if "RayTrainWorker" in " ".join(p.cmdline())], "workers outlived their driver"
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed from checkpoint" in again.stdout
+    assert steps_in(run_dir) == list(range(1, STEPS + 1))
+    assert_same_weights(weights(run_dir), weights(unbroken))
+
+
+def test_a_run_that_learns_something_else_is_refused_and_the_keys_are_named(unbroken, slow):
+    changed = slow("unbroken").override({"optim.lr": 1e-4, "train.seed": 7, "scaling.max_failures": 1})
+    with pytest.raises(RecipeError) as refused:
+        fit(resolve(changed), console=Console(quiet=True))
+    assert "optim.lr: 0.005 in the run, 0.0001 now" in str(refused.value)
+    assert "train.seed" in str(refused.value)
+    assert "max_failures" not in str(refused.value)
+
+
+def test_a_run_in_use_is_refused(unbroken, slow):
+    plan = resolve(slow("unbroken"))
+    from raytx import run
+
+    with run.own(plan), pytest.raises(ResourceError, match="in use by another process"):
+        fit(plan, console=Console(quiet=True))
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_with_the_numbers(local_ray, slow):
+    plan = resolve(slow("crowded").override({"scaling.num_workers": 8, "scaling.wait_s": 2}))
+    started = time.monotonic()
+    with pytest.raises(ResourceError) as refused:
+        fit(plan, console=Console(quiet=True))
+    assert time.monotonic() - started < 30
+    assert "8 x" in str(refused.value)
+    assert "4" in str(refused.value)
+
+
+def test_use_gpu_without_gpus_is_refused(local_ray, slow):
+    plan = resolve(slow("gpuless").override({"scaling.use_gpu": True, "scaling.wait_s": 2}))
+    with pytest.raises(ResourceError, match="use_gpu"):
+        fit(plan, console=Console(quiet=True))
+
+
+def test_a_diverging_run_stops_once_and_names_the_samples(local_ray, slow):
+    values = {"optim.lr": 1e30, "optim.max_grad_norm": None, "optim.warmup": 0, "save.every": None}
+    plan = resolve(slow("diverging").override(values))
+    with pytest.raises(TrainingError, match=r"diverged.*Samples of the batch: \[\d+"):
+        fit(plan, console=Console(quiet=True))
+    assert [row for row in rows(plan.run_dir / "metrics.jsonl") if row["kind"] == "remark"] == []
+
+
+def test_metrics_are_plain_json_rows(unbroken):
+    for line in (unbroken.run_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["kind"] in {"started", "baseline", "step", "eval", "checkpoint", "resumed"}

@@ -1,0 +1,197 @@
+"""What a user sees: every mistake ends with one clear message, exit code 2, no traceback and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from raytx import cli
+
+MODEL = {
+    "type": "hf",
+    "task": "sequence-classification",
+    "config": {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 100,
+        "max_position_embeddings": 32,
+    },
+    "tokenizer": {"train": "wordpiece", "vocab_size": 100},
+}
+
+
+@pytest.fixture
+def raytx(monkeypatch, capsys):
+    """Run the command line in this process; return its exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["raytx", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a valid recipe over a CSV, with changes; return its path."""
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"word{n % 7} thing,{n % 2}\n" for n in range(40)))
+
+    def write(**changes):
+        plain = {
+            "name": "one",
+            "storage_path": str(tmp_path / "runs"),
+            "model": MODEL,
+            "data": {"type": "files", "path": str(tmp_path / "rows.csv"), "split": {"test": 0.2}},
+            "strategy": {"type": "single"},
+            "train": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2, "max_length": 16},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(plain | changes))
+        return path
+
+    return write
+
+
+def refused(result, *words):
+    code, text = result
+    assert code == 2, text
+    assert "Traceback" not in text
+    for word in words:
+        assert word in " ".join(text.split()), text
+
+
+def test_an_unknown_key_names_the_nearest(raytx, recipe):
+    refused(raytx("plan", recipe(), "optim.learning_rate=1"), "optim.learning_rate: unknown key", "Allowed: type, lr")
+    refused(raytx("plan", recipe(), "train.max_lenght=8"), "Did you mean 'max_length'?")
+
+
+def test_a_wrong_type_says_where_and_what(raytx, recipe):
+    refused(raytx("plan", recipe(), "train.steps=many"), "train.steps", "valid integer", "'many'")
+
+
+def test_every_mistake_is_told_at_once(raytx, recipe):
+    result = raytx("plan", recipe(), "train.steps=many", "optim.lr=-1", "scaling.workers=2")
+    refused(result, "3 mistakes", "train.steps", "optim.lr", "scaling.workers")
+
+
+def test_an_unknown_component_names_the_nearest(raytx, recipe):
+    refused(raytx("plan", recipe(), "strategy.type=depspeed"), "strategy", "'depspeed'", "Did you mean 'deepspeed'?")
+
+
+def test_a_missing_file_is_named(raytx, recipe, tmp_path):
+    refused(raytx("plan", recipe(), f"data.path={tmp_path}/nowhere.csv"), "no such file", "data.path", "nowhere.csv")
+    refused(raytx("train", tmp_path / "nowhere.yaml"), "no such recipe file", "raytx init")
+
+
+def test_a_missing_column_is_named_with_those_there_are(raytx, recipe, tmp_path):
+    result = raytx("train", recipe(), "data.columns={text: review, label: label}")
+    refused(result, "'review'", "text")
+    assert not (tmp_path / "runs" / "one" / "checkpoints").exists()
+
+
+def test_a_column_the_task_needs_is_named(raytx, recipe, tmp_path):
+    refused(raytx("train", recipe(), "data.columns={text: text}"), "'label'", "sequence-classification")
+
+
+def test_an_empty_dataset_is_refused(raytx, recipe, tmp_path):
+    path = recipe()
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    code, text = raytx("train", path)
+    assert code == 2, text
+    assert "Traceback" not in text
+    assert not list((tmp_path / "runs" / "cache").glob("*")) if (tmp_path / "runs" / "cache").exists() else True
+
+
+def test_data_without_any_target_is_refused(raytx, recipe, tmp_path):
+    path = recipe()
+    (tmp_path / "rows.csv").write_text("text,label\n" + "word,\n" * 10)
+    refused(raytx("train", path), "label")
+
+
+def test_a_batch_that_does_not_divide_says_what_would(raytx, recipe):
+    refused(raytx("plan", recipe(), "train.global_batch_size=5"), "train.global_batch_size=5", "2 x 1", "Use 4")
+
+
+def test_a_strategy_that_cannot_use_the_workers_says_so(raytx, recipe):
+    refused(raytx("plan", recipe(), "scaling.num_workers=2"), "single", "num_workers is 2")
+
+
+def test_memory_that_does_not_suffice_is_refused_with_both_numbers(raytx, recipe):
+    result = raytx("plan", recipe(), "scaling.resources_per_worker={CPU: 1, memory: 1000}")
+    refused(result, "bytes", "resources_per_worker.memory is 1,000")
+
+
+def test_a_directory_that_is_no_artifact_is_refused_before_ray_starts(raytx, tmp_path):
+    started = time.monotonic()
+    refused(raytx("serve", tmp_path), "not an artifact directory")
+    refused(raytx("serve", tmp_path / "nowhere"), "no such directory")
+    refused(raytx("export", tmp_path), "neither a run directory nor a checkpoint")
+    assert time.monotonic() - started < 20
+
+
+def test_plan_prints_origins_batch_grid_memory_and_settings(raytx, recipe):
+    path = recipe(strategy={"type": "deepspeed", "stage": 1}, scaling={"num_workers": 2})
+    code, text = raytx("plan", path, "train.global_batch_size=8")
+    assert code == 0, text
+    for word in (
+        "override",
+        "recipe",
+        "default",
+        "2 accumulation x 2 data-parallel",
+        "bytes per rank",
+        "train_batch_size",
+    ):
+        assert word in text
+    code, text = raytx("plan", path, "--json")
+    plan = json.loads(text)
+    assert plan["strategy_settings"]["zero_optimization"]["stage"] == 1
+    assert plan["memory"]["parameters"] == 4 * plan["size"]["parameters"]
+
+
+def test_init_writes_an_example_that_loads_and_never_overwrites(raytx, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = raytx("init")
+    assert code == 0, text
+    assert "raytx train quickstart.yaml" in text
+    refused(raytx("init"), "quickstart.yaml exists", "--force")
+    refused(raytx("init", "quickstrat"), "Did you mean 'quickstart'?", "reviews")
+    code, text = raytx("plan", "quickstart.yaml")
+    assert code == 0, text
+
+
+def test_plugins_lists_describes_and_suggests(raytx):
+    code, text = raytx("plugins")
+    assert code == 0
+    for word in ("decoder", "deepspeed", "onnx", "l1-pruning", "text-files"):
+        assert word in text
+    code, text = raytx("plugins", "strategy", "deepspeed", "--json")
+    assert "stage" in {field["name"] for field in json.loads(text)["fields"]}
+    refused(raytx("plugins", "strategi"), "Did you mean 'strategy'?")
+    refused(raytx("plugins", "strategy", "deepsped"), "Did you mean 'deepspeed'?")
+
+
+def test_help_and_plugins_need_neither_torch_nor_ray():
+    script = (
+        "import sys, raytx.cli as c\n"
+        "sys.argv = ['raytx', 'plugins']\n"
+        "try: c.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'transformers', 'datasets', 'deepspeed', 'onnx'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
