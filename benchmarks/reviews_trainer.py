@@ -1,4 +1,4 @@
-"""Reviews: raytx beside Hugging Face's Trainer, the same model, data, tokenizer, batches' size and steps, several seeds.
+"""Reviews: raytx beside Hugging Face's Trainer: the same model, data, tokenizer, batch size and steps, several seeds.
 
     python benchmarks/reviews_trainer.py reviews.csv --seeds 3 --steps 400
 

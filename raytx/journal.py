@@ -1,4 +1,4 @@
-"""The journal of a run: metrics.jsonl, TensorBoard events and the progress line, all from one stream of records."""
+"""The journal of a run: metrics.jsonl and TensorBoard events, written by rank 0; the progress line, by the driver."""
 
 from __future__ import annotations
 
@@ -20,21 +20,50 @@ METRICS = "metrics.jsonl"
 PLAIN_EVERY_S = 5.0
 """Seconds between progress lines where the output is no terminal."""
 SPEED_WINDOW = 20
+FRESH = frozenset({"started", "resumed"})
+"""Records that begin an attempt: rows of later steps will be written again."""
 
 Record = Mapping[str, Any]
 
 
 class Journal:
-    """Takes records in order. One row a step stays in metrics.jsonl: an attempt that resumes drops what it redoes."""
+    """Writes records in order, one row a step: an attempt that resumes drops the rows of what it does again.
 
-    def __init__(self, run_dir: Path, *, total_steps: int, console: Console) -> None:
-        self.path = run_dir / METRICS
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+    It stands beside the checkpoints and is flushed before each, so that it is as whole as they are, whoever is killed.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._events = _Events(run_dir / "tensorboard")
+
+    def take(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record["kind"] in FRESH:
+                self._forget_after(record["step"])
+            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            self._events.add(record)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def _forget_after(self, step: int) -> None:
+        self._file.close()
+        kept = [line for line in rows(self._path) if line.get("step", 0) <= step]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+
+
+class Display:
+    """Shows records to the user as they come."""
+
+    def __init__(self, *, total_steps: int, console: Console) -> None:
         self._line = _Line(total_steps, console)
         self._console = console
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Display:
         self._line.start()
         return self
 
@@ -42,40 +71,23 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._line.stop()
-        self._file.close()
-        self._events.close()
 
-    def take(self, records: Iterable[Record]) -> None:
-        for record in records:
-            if record["kind"] in {"started", "resumed"}:
-                self._forget_after(record["step"])
-            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-            self._events.add(record)
-            self._show(record)
-        self._file.flush()
-
-    def _forget_after(self, step: int) -> None:
-        """Drop rows of steps that will be done again."""
-        self._file.close()
-        kept = [line for line in rows(self.path) if line.get("step", 0) <= step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def _show(self, record: Record) -> None:
+    def show(self, record: Record) -> None:
         kind = record["kind"]
         if kind == "step":
             self._line.step(record)
         elif kind == "eval":
             numbers = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k not in {"kind", "step", "seconds"})
-            self._console.print(f"step {record['step']:>6}  held-out: {numbers}", highlight=False)
+            self._say(f"step {record['step']:>6}  held-out: {numbers}")
         elif kind == "resumed":
-            self._console.print(
-                f"resumed from checkpoint {record['checkpoint']} (step {record['step']})", highlight=False
-            )
+            self._say(f"resumed from checkpoint {record['checkpoint']} (step {record['step']})")
         elif kind == "checkpoint":
-            self._console.print(f"step {record['step']:>6}  checkpoint {record['name']} committed", highlight=False)
+            self._say(f"step {record['step']:>6}  checkpoint {record['name']} committed")
         elif kind == "remark":
-            self._console.print(record["text"], style="yellow", highlight=False, markup=False)
+            self._say(record["text"], style="yellow")
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, highlight=False, markup=False)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -145,14 +157,18 @@ class _Events:
         self._writer: Any = None
 
     def add(self, record: Record) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        if record["kind"] not in {"step", "eval"}:
+        if record["kind"] not in {"step", "eval", *FRESH}:
             return
         if self._writer is None:
             self._writer = EventFileWriter(str(self._directory))
+        if record["kind"] in FRESH:  # TensorBoard then drops what earlier attempts wrote of later steps
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=record["step"] + 1, session_log=start))
+            return
         prefix = "train" if record["kind"] == "step" else "eval"
         values = [
             Summary.Value(tag=f"{prefix}/{key}", simple_value=value)

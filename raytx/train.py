@@ -24,7 +24,7 @@ from raytx import checkpoint, cluster, run, worker
 from raytx.errors import RaytxError, TrainingError
 from raytx.export import Exported
 from raytx.export import export as export_checkpoint
-from raytx.journal import Journal
+from raytx.journal import Display, Journal
 from raytx.plan import Plan, resolve
 from raytx.prepare import Prepared, prepare
 from raytx.recipe import Recipe, load
@@ -86,7 +86,7 @@ def fit(
                 console=console,
                 placement_strategy=plan.recipe.scaling.placement_strategy,
             )
-            _run_workers(plan, prepared, callbacks, console)
+            _run_workers(plan, callbacks, console)
         chosen = checkpoint.chosen(run_dir)
         result = Result(run_dir, chosen.step, chosen.state.metrics, chosen.directory)
         if export and plan.recipe.export:
@@ -132,18 +132,13 @@ def _finished(plan: Plan) -> bool:
     return newest is not None and newest.step == plan.steps
 
 
-def _run_workers(plan: Plan, prepared: Prepared, callbacks: Sequence[UserCallback], console: Console) -> None:
+def _run_workers(plan: Plan, callbacks: Sequence[UserCallback], console: Console) -> None:
     """Run the worker group to the plan's last step, restarting it as the failure policy says."""
     assert plan.steps is not None
     board = Board.remote()  # type: ignore[attr-defined]
     _quieten()
-    fresh = checkpoint.newest(plan.run_dir) is None
-    with Journal(plan.run_dir, total_steps=plan.steps, console=console) as journal:
-        if fresh:
-            journal.take([{"kind": "started", "step": 0}, {"kind": "baseline", "step": 0, **prepared.baseline}])
-        with _relayed(board, journal), _interruptible():
-            outcome = _trainer(plan, board, callbacks).fit
-            state = _result(outcome, plan)
+    with Display(total_steps=plan.steps, console=console) as display, _relayed(board, display), _interruptible():
+        state = _result(_trainer(plan, board, callbacks).fit, plan)
     if "stopped" in state:
         raise TrainingError(state["stopped"])
 
@@ -186,8 +181,13 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker."""
     plan = Plan.from_dict(config["plan"])
     rank = ray.train.get_context().get_world_rank()
-    with _sending(config["board"]) as log:
-        session = worker.Session(rank=rank, log=log, report=lambda metrics: ray.train.report(dict(metrics)))
+    with _Sender(config["board"], plan.run_dir if rank == 0 else None) as sender:
+        session = worker.Session(
+            rank=rank,
+            log=sender.log,
+            flush=sender.flush,
+            report=lambda metrics: ray.train.report(dict(metrics)),
+        )
         try:
             return {"step": worker.train(plan, session).step}
         except TrainingError as stop:  # every rank stops at the same step; a restart would only repeat it
@@ -269,39 +269,65 @@ def _gist(error: Exception) -> str:
     return lines[-1].strip()
 
 
-@contextlib.contextmanager
-def _sending(board: Any) -> Iterator[Callable[[worker.Record], None]]:
-    """Give a log function that never blocks a step: a thread carries its records to the board."""
-    waiting: queue.Queue[worker.Record] = queue.Queue(QUEUE_LIMIT)
-    done = threading.Event()
+class _Sender:
+    """Takes rank 0's records without blocking a step; a thread writes them to the journal and tells the driver."""
 
-    def log(record: worker.Record) -> None:
+    def __init__(self, board: Any, run_dir: Path | None) -> None:
+        self._board, self._run_dir = board, run_dir
+        self._waiting: queue.Queue[worker.Record] = queue.Queue(QUEUE_LIMIT)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._carry, name="raytx-log", daemon=True)
+
+    def __enter__(self) -> _Sender:
+        if self._run_dir is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._run_dir is not None:
+            self._thread.join(timeout=10)
+
+    def log(self, record: worker.Record) -> None:
         with contextlib.suppress(queue.Full):
-            waiting.put_nowait(record)
+            self._waiting.put_nowait(record)
 
-    def carry() -> None:
-        while not (done.wait(FLUSH_S) and waiting.empty()):
-            records = [waiting.get_nowait() for _ in range(waiting.qsize())]
-            if records:
-                ray.get(board.push.remote(records))
+    def flush(self) -> None:
+        """Wait until what was logged so far is on disk."""
+        self._waiting.join()
 
-    thread = threading.Thread(target=carry, name="raytx-log", daemon=True)
-    thread.start()
-    try:
-        yield log
-    finally:
-        done.set()
-        thread.join(timeout=10)
+    def _carry(self) -> None:
+        assert self._run_dir is not None
+        journal = Journal(self._run_dir)
+        while not (self._done.wait(FLUSH_S) and self._waiting.empty()):
+            if records := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
+                self._deliver(records, journal)
+                for _ in records:
+                    self._waiting.task_done()
+        journal.close()
+
+    def _deliver(self, records: list[worker.Record], journal: Journal) -> None:
+        """A journal that cannot be written, or a driver that is gone, must not stop the training."""
+        try:
+            journal.take(records)
+        except OSError as error:
+            records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {error.strerror}"}]
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._board.push.remote(records)
 
 
 @contextlib.contextmanager
-def _relayed(board: Any, journal: Journal) -> Iterator[None]:
-    """Carry the board's records into the journal while the block runs, and what is left at its end."""
+def _relayed(board: Any, display: Display) -> Iterator[None]:
+    """Show the board's records while the block runs, and what is left at its end."""
     done = threading.Event()
 
     def relay() -> None:
         while not done.wait(FLUSH_S):
-            journal.take(ray.get(board.drain.remote()))
+            show(ray.get(board.drain.remote()))
+
+    def show(records: list[worker.Record]) -> None:
+        for record in records:
+            display.show(record)
 
     thread = threading.Thread(target=relay, name="raytx-journal", daemon=True)
     thread.start()
@@ -311,7 +337,7 @@ def _relayed(board: Any, journal: Journal) -> Iterator[None]:
         done.set()
         thread.join(timeout=10)
         with contextlib.suppress(ray.exceptions.RayError):
-            journal.take(ray.get(board.drain.remote(), timeout=10))
+            show(ray.get(board.drain.remote(), timeout=10))
 
 
 @contextlib.contextmanager

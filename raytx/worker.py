@@ -35,6 +35,8 @@ class Session:
     rank: int
     log: Callable[[Record], None]
     """Take a record for metrics.jsonl; must not block. Called on rank 0 only."""
+    flush: Callable[[], None]
+    """Return when what was logged is on disk. Called on rank 0 only, before a checkpoint."""
     report: Callable[[dict[str, float]], None]
     """Take an evaluation's metrics. Called by every rank, equally often: Ray Train requires it."""
 
@@ -56,7 +58,11 @@ def train(plan: Plan, session: Session) -> State:
     engine = strategy.engine(module, plan=plan, rank=session.rank)
     batches = Batches(plan, task, prepared.samples("train"), dp_rank=plan.layout.dp_rank(session.rank))
     loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"))
-    return loop.run(restore(engine, plan, session))
+    state = restore(engine, plan, session)
+    if session.rank == 0 and state.step == 0:
+        session.log({"kind": "started", "step": 0})
+        session.log({"kind": "baseline", "step": 0, **prepared.baseline})
+    return loop.run(state)
 
 
 def restore(engine: Engine, plan: Plan, session: Session) -> State:
@@ -140,6 +146,8 @@ class _Loop:
         """Commit a checkpoint and remove those that need not stay."""
         started = time.monotonic()
         run_dir = self.plan.run_dir
+        if self.session.rank == 0:
+            self.session.flush()
         path = checkpoint.commit(
             self.engine,
             run_dir,

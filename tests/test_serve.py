@@ -77,6 +77,17 @@ def artifact(plugin: None, tmp_path: Path) -> Path:
     return raytx_echo.write_artifact(tmp_path, "causal-lm")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_directory() -> Iterator[None]:
+    """Give the servers a directory for Ray: a short one, because Unix sockets go there."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="rx", dir="/tmp", ignore_cleanup_errors=True) as directory,
+    ):
+        patch.setenv("RAY_TMPDIR", directory)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAYTX_API_KEY", raising=False)
@@ -207,7 +218,6 @@ def launch(site: Path, code: str, **variables: str) -> subprocess.Popen[str]:
         **os.environ,
         **PLUGIN,
         "PYTHONPATH": str(site),
-        "RAY_TMPDIR": tempfile.mkdtemp(prefix="rx", dir="/tmp"),  # short, because Ray puts Unix sockets there
         "RAY_AUTH_MODE": "disabled",
         "PYTHONUNBUFFERED": "1",
     }

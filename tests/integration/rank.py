@@ -30,6 +30,7 @@ def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
         session = worker.Session(
             rank=rank,
             log=lambda record, to=log: print(json.dumps(record), file=to, flush=True),
+            flush=lambda: None,
             report=lambda metrics: None,
         )
         worker.train(plan, session)
