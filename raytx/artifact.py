@@ -80,6 +80,8 @@ class Artifact:
     """Run, step, plan and data it came from."""
     files: dict[str, dict[str, Any]]
     """Every file with bytes and SHA-256."""
+    serving: dict[str, Any] = field(default_factory=dict)
+    """How its recipe wants it served."""
     format: int = FORMAT
     version: str = __version__
     labels: list[str] | None = None

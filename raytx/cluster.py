@@ -1,9 +1,8 @@
 """Connect to a Ray cluster, or start a local one that only this machine can reach, and wait until it has room.
 
 What raytx starts listens on loopback: Ray's own processes (GCS, raylet, dashboard, agents, workers) all bind to
-127.0.0.1, and a token is required besides. One socket remains outside Ray: torch's rendezvous store (TCPStore on
-MASTER_PORT) listens on all interfaces while a training run is up, and it asks for no token. A cluster that raytx only
-joins is bound as its owner bound it.
+127.0.0.1, and a token is required besides; the ranks of a training run meet in a file (rendezvous.py). A cluster that
+raytx only joins is bound as its owner bound it.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ DRIVERS = 1000
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory of a local cluster. Batches are read from files; Ray's own traffic is small."""
 REPORT_EVERY_S = 5.0
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
 
 Resources = Mapping[str, float]
 
@@ -111,6 +111,11 @@ def groups(
     while _place([driver], left) and _place_group(resources_of_one_worker, num_workers, left, placement_strategy):
         count += 1
     return count
+
+
+def passed_on() -> dict[str, str]:
+    """Return the driver's variables that workers and replicas need; Ray passes on none by itself."""
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 def totals() -> list[dict[str, float]]:

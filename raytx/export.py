@@ -135,6 +135,7 @@ def _manifest(
             "recipe": recipe.dump(),
         },
         files={},
+        serving=recipe.serving.model_dump(mode="json", exclude_defaults=True),
         labels=task.label_names(),
         measured={"compression": as_rows(compressed.measurements)},
     )

@@ -145,7 +145,9 @@ class Serving(Section):
     """Seconds a request waits for others to fill its batch."""
     max_ongoing_requests: int = Field(16, gt=0)
     """Requests a replica works on at once."""
-    max_queued_requests: int = Field(64, ge=0)
+    cpus_per_replica: int = Field(1, gt=0)
+    """CPUs each replica reserves and threads it computes with."""
+    max_queued_requests: int = Field(64, gt=0)
     """Requests that may wait; more are answered 503 at once."""
     max_tokens: int = Field(1024, gt=0)
     """Tokens a completion may ask for."""

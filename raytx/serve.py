@@ -44,9 +44,6 @@ SLACK = 32
 HEALTH_PERIOD_S = 2
 DRAIN_PERIOD_S = 0.2
 """Pause between looks at whether a stopping replica has answered its last request."""
-CPUS_PER_REPLICA = 1
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
-"""Variables of the driver that replicas need; Ray passes on none by itself."""
 
 
 class ServeArgs(Serving):
@@ -108,7 +105,7 @@ def build_app(args: ServeArgs) -> Application:
 
 
 def _replica_options(args: ServeArgs) -> dict[str, Any]:
-    actor = {"num_cpus": CPUS_PER_REPLICA, "runtime_env": {"env_vars": _environment()}}
+    actor = {"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": _environment(args)}}
     return {
         "name": REPLICA,
         "num_replicas": args.num_replicas,
@@ -134,10 +131,9 @@ def _ingress_options(args: ServeArgs) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, str]:
+def _environment(args: ServeArgs) -> dict[str, str]:
     """Return the variables of a replica; torch takes its number of threads from OMP_NUM_THREADS."""
-    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    return {"OMP_NUM_THREADS": str(CPUS_PER_REPLICA)} | passed_on
+    return {"OMP_NUM_THREADS": str(args.cpus_per_replica)} | cluster.passed_on()
 
 
 def _describe(found: Artifact, directory: str) -> Description:
@@ -157,10 +153,12 @@ def _protocol_of(found: Artifact) -> str:
 
 
 def _arguments(directory: str | Path, given: dict[str, Any]) -> ServeArgs:
+    """Join what is given here with what the artifact's recipe wanted; the former wins."""
     values = {key: value for key, value in given.items() if value is not None}
     path = Path(directory).expanduser().absolute()
+    wanted = artifact.read(path, verify=False).serving
     try:
-        return ServeArgs.model_validate(values | {"directory": str(path)})
+        return ServeArgs.model_validate(wanted | values | {"directory": str(path)})
     except ValidationError as error:
         raise RecipeError("; ".join(map(_mistake, error.errors()))) from None
 
@@ -211,7 +209,7 @@ def _check_cluster(args: ServeArgs) -> None:
             "Ray Serve is already running on this cluster. Add the artifact to it with a Serve config file "
             "(import_path: raytx.serve:build_app), or stop it with `serve shutdown`"
         )
-    one = {"CPU": float(CPUS_PER_REPLICA)} | ({"GPU": 1.0} if args.use_gpu else {})
+    one = {"CPU": float(args.cpus_per_replica)} | ({"GPU": 1.0} if args.use_gpu else {})
     room = cluster.groups(one, num_workers=1, driver={}, nodes=cluster.free())
     if room < args.num_replicas and cluster.started_here():
         each = ", ".join(f"{name}: {amount:g}" for name, amount in one.items())

@@ -28,14 +28,13 @@ from raytx.journal import Display, Journal
 from raytx.plan import Plan, resolve
 from raytx.prepare import Prepared, prepare
 from raytx.recipe import Recipe, load
+from raytx.rendezvous import FileTorchConfig
 from raytx.report import write_report
 
 QUEUE_LIMIT = 10_000
 """Records that may wait for the driver; more are dropped, oldest first, rather than slow a step down."""
 FLUSH_S = 0.2
 COLLECTIVE_TIMEOUT_S = 600
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
-"""Variables of the driver that workers need; Ray passes on none by itself."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> Torch
     return TorchTrainer(
         _worker_main,
         train_loop_config={"plan": plan.to_dict(), "board": board},
-        torch_config=TorchConfig(backend="nccl" if recipe.scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=_process_group(plan),
         scaling_config=ScalingConfig(
             num_workers=plan.world_size,
             use_gpu=recipe.scaling.use_gpu,
@@ -166,13 +165,20 @@ def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> Torch
     )
 
 
+def _process_group(plan: Plan) -> TorchConfig:
+    backend = "nccl" if plan.recipe.scaling.use_gpu else "gloo"
+    if cluster.started_here():
+        return FileTorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S, directory=str(plan.run_dir / ".ray"))
+    return TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
+
+
 def _environment(plan: Plan) -> dict[str, str]:
     """Return the environment variables of this plan's processes, which must be set before they import torch."""
     scaling = plan.recipe.scaling
     return {
         "OMP_NUM_THREADS": str(scaling.threads_per_worker),
         "TOKENIZERS_PARALLELISM": "false",
-        **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+        **cluster.passed_on(),
         **plan.recipe.strategy.environment(use_gpu=scaling.use_gpu),
     }
 

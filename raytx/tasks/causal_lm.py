@@ -253,11 +253,10 @@ class _Answer:
         """Return the characters not sent yet that later tokens cannot change (a half character, half a stop word)."""
         end = len(self.text)
         if not last and not self.finished:
-            end -= max(
-                (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
-            )
             while end > self.sent and self.text[end - 1] == "\ufffd":
                 end -= 1
+            text = self.text[:end]
+            end -= max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         piece, self.sent = self.text[self.sent : end], max(self.sent, end)
         return piece
 

@@ -204,3 +204,20 @@ def test_metrics_are_plain_json_rows(unbroken):
     for line in (unbroken.run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["kind"] in {"started", "baseline", "step", "eval", "checkpoint", "resumed"}
+
+
+def test_a_training_run_listens_on_loopback_only(local_ray, slow):
+    plan = resolve(slow("listening"))
+    heard = []
+
+    def listen():
+        wait_until(lambda: len(steps_in(plan.run_dir)) >= 10)
+        for process in psutil.Process().children(recursive=True):
+            heard.extend(c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    fit(plan, console=Console(quiet=True))
+    thread.join()
+    assert heard
+    assert set(heard) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
