@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from rich.table import Table
 from raytx import __version__
 from raytx.errors import RaytxError, RecipeError, did_you_mean
 
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""What storage says that is full, read-only or somebody else's: the user's to mend."""
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 ADDRESS = click.option("--address", help="Ray cluster to join; a local one is started when it is left out.")
 VERBOSE = click.option("--verbose", is_flag=True, help="Let Ray's and DeepSpeed's own output through.")
@@ -35,6 +38,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except RaytxError as error:
         Console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        Console(stderr=True).print(f"error {error.strerror}{place}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
         Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")

@@ -9,6 +9,7 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from raytx.report import write_report
 QUEUE_LIMIT = 10_000
 """Records that may wait for the driver; more are dropped, oldest first, rather than slow a step down."""
 FLUSH_S = 0.2
+FLUSH_LIMIT_S = 10.0
 COLLECTIVE_TIMEOUT_S = 600
 
 
@@ -198,6 +200,9 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
             return {"step": worker.train(plan, session).step}
         except TrainingError as stop:  # every rank stops at the same step; a restart would only repeat it
             return {"stopped": str(stop)}
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # a traceback does not travel with its exception, a note does
+            raise
 
 
 def _result(fit: Callable[[], Any], plan: Plan) -> dict[str, Any]:
@@ -213,10 +218,14 @@ def _result(fit: Callable[[], Any], plan: Plan) -> dict[str, Any]:
             raise original from None
         raise RaytxError(
             f"worker {rank} failed, and again after {plan.recipe.scaling.max_failures} restarts "
-            f"(scaling.max_failures). The first cause:\n{cause}\nThe same command goes on from the last checkpoint"
+            f"(scaling.max_failures). The first cause:\n{_told(cause)}\nThe same command goes on from the last checkpoint"
         ) from error
     except TrainingFailedError as error:
         raise RaytxError(f"Ray Train gave up: {error}") from error
+
+
+def _told(cause: BaseException) -> str:
+    return "\n".join(getattr(cause, "__notes__", [])).strip() or str(cause)
 
 
 def _original(error: BaseException) -> RaytxError | None:
@@ -299,8 +308,10 @@ class _Sender:
             self._waiting.put_nowait(record)
 
     def flush(self) -> None:
-        """Wait until what was logged so far is on disk."""
-        self._waiting.join()
+        """Wait until what was logged so far is on disk, but not for a disk that does not answer."""
+        deadline = time.monotonic() + FLUSH_LIMIT_S
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.01)
 
     def _carry(self) -> None:
         assert self._run_dir is not None
