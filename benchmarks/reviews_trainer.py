@@ -84,8 +84,7 @@ def with_trainer(plan: Plan, prepared: Prepared, storage: str) -> dict[str, floa
     torch.set_num_threads(2)
     model = plan.recipe.model.build()
     task = model.task(prepared.processor)
-    torch.manual_seed(plan.recipe.train.seed)
-    module = model.module(prepared.processor)
+    module = model.module(prepared.processor, seed=plan.recipe.train.seed)
     optim, train = plan.recipe.optim, plan.recipe.train
     arguments = TrainingArguments(
         output_dir=f"{storage}/trainer",

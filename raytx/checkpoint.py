@@ -275,9 +275,10 @@ def load(directory: str | Path) -> Checkpoint:
 
 def chosen(run_dir: Path) -> Checkpoint:
     """Return the checkpoint that a run's artifacts are made of: the best or the last, as its recipe says."""
-    last = newest(run_dir)
+    passed_over: list[str] = []
+    last = newest(run_dir, tell=passed_over.append)
     if last is None:
-        raise CheckpointError(f"{run_dir}: holds no complete checkpoint")
+        raise CheckpointError(". ".join([f"{run_dir}: holds no complete checkpoint", *passed_over]))
     if last.plan["recipe"]["save"]["keep"] == "best" and last.state.best_step is not None:
         return load(run_dir / "checkpoints" / _name(last.state.best_step))
     return last

@@ -106,8 +106,12 @@ class Model(Protocol):
     def task(self, directory: Path) -> Task:
         """Return the task with the processor found in a directory (a prepared cache or an artifact)."""
 
-    def module(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
-        """Return the torch module with its starting weights, drawn from torch's generator where they are random."""
+    def module(self, directory: Path, *, seed: int = 0, activation_checkpointing: bool = False) -> Any:
+        """Return the torch module with its starting weights.
+
+        Random ones are a function of the seed: every rank starts alike, and frozen ones, which no checkpoint holds, are
+        made again when a run is resumed or exported.
+        """
 
     def merged(self, module: Any) -> Any:
         """Return the module in the form that is exported: adapters merged into the base, nothing else changed."""
@@ -191,8 +195,8 @@ class StrategyConfig(Component):
 class Strategy(Protocol):
     """What a strategy config builds."""
 
-    def init_context(self, seed: int) -> AbstractContextManager[Any]:
-        """Return the context in which the model is built: torch seeded alike on every rank, sharded where it can."""
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model is built, such as one that shards parameters as they are made."""
 
     def engine(self, module: Any, *, plan: Plan, rank: int) -> Engine:
         """Take over the module: place, wrap and shard it, and create its optimizer. A collective call."""

@@ -66,7 +66,7 @@ def consolidate(source: Checkpoint, model: Model, plan: Plan) -> tuple[Any, Gold
 
     Returns the module and the golden outputs for what follows: the engine's own in fp32, the module's under bf16.
     """
-    module = model.module(source.processor)
+    module = model.module(source.processor, seed=plan.recipe.train.seed)
     model.assign(module, source.weights())
     golden, runner = source.golden, model.runner(module)
     error, limit = golden.relative_error(runner), CONSOLIDATED_LIMIT[plan.recipe.train.precision]

@@ -696,7 +696,7 @@ def _bench(config: Any) -> _Bench:
 
     plan, prepared = prepare(resolve(tiny_recipe(strategy=config)), Console(quiet=True))
     model, strategy = plan.recipe.model.build(), config.build()
-    with strategy.init_context(0):
+    with strategy.init_context():
         module = model.module(prepared.processor)
     engine = strategy.engine(module, plan=plan, rank=0)
     batches = Batches(plan, model.task(prepared.processor), prepared.samples("train"), dp_rank=0)

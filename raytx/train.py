@@ -218,7 +218,8 @@ def _result(fit: Callable[[], Any], plan: Plan) -> dict[str, Any]:
             raise original from None
         raise RaytxError(
             f"worker {rank} failed, and again after {plan.recipe.scaling.max_failures} restarts "
-            f"(scaling.max_failures). The first cause:\n{_told(cause)}\nThe same command goes on from the last checkpoint"
+            f"(scaling.max_failures). The first cause:\n{_told(cause)}\n"
+            "The same command goes on from the last checkpoint"
         ) from error
     except TrainingFailedError as error:
         raise RaytxError(f"Ray Train gave up: {error}") from error

@@ -51,8 +51,12 @@ def train(plan: Plan, session: Session) -> State:
     strategy = plan.recipe.strategy.build()
     random.seed(plan.recipe.train.seed)
     np.random.seed(plan.recipe.train.seed)
-    with strategy.init_context(plan.recipe.train.seed):
-        module = model.module(prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing)
+    with strategy.init_context():
+        module = model.module(
+            prepared.processor,
+            seed=plan.recipe.train.seed,
+            activation_checkpointing=plan.recipe.train.activation_checkpointing,
+        )
     for step in plan.recipe.compression:
         module = step.build().prepare(module)
     engine = strategy.engine(module, plan=plan, rank=session.rank)

@@ -398,8 +398,8 @@ class AmnesiacStrategy:
     def __init__(self, strategy: Any, fault: str | None) -> None:
         self.strategy, self.fault = strategy, fault
 
-    def init_context(self, seed: int) -> Any:
-        return self.strategy.init_context(seed)
+    def init_context(self) -> Any:
+        return self.strategy.init_context()
 
     def engine(self, module: Any, *, plan: Any, rank: int) -> Any:
         return AmnesiacEngine(self.strategy.engine(module, plan=plan, rank=rank), self.fault)

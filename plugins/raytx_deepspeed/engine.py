@@ -37,10 +37,8 @@ class DeepSpeedStrategy:
     def __init__(self, config: DeepSpeed) -> None:
         self._config = config
 
-    @contextlib.contextmanager
-    def init_context(self, seed: int) -> Iterator[None]:
-        torch.manual_seed(seed)
-        yield
+    def init_context(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def engine(self, module: nn.Module, *, plan: Plan, rank: int) -> DeepSpeedEngine:
         _avoid_shared_memory_op()

@@ -50,7 +50,8 @@ class HFBody:
         tokenizer = opened(directory, local_files_only=True, trust_remote_code=self.config.trust_remote_code)
         return self.config.task_class().load(directory, tokenizer)
 
-    def module(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
+    def module(self, directory: Path, *, seed: int = 0, activation_checkpointing: bool = False) -> Any:
+        torch.manual_seed(seed)
         config = base_config(self.config)
         self._adjust(config, self.task(directory))
         make = from_pretrained if self.config.path is not None else from_config

@@ -27,10 +27,8 @@ class TorchStrategy:
     bucket_cap_mb: float = 25
     find_unused_parameters: bool = False
 
-    @contextlib.contextmanager
-    def init_context(self, seed: int) -> Iterator[None]:
-        torch.manual_seed(seed)
-        yield
+    def init_context(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def engine(self, module: nn.Module, *, plan: Plan, rank: int) -> TorchEngine:
         device = _device(plan)

@@ -101,12 +101,11 @@ class CausalLM(Task):
     # ---- serving
 
     def demo(self, samples: Sequence[Features]) -> list[tuple[Request, str]]:
+        """Continue the beginning of a document; sampled, since greedy text of a small model repeats itself."""
         prompts = [max(_documents(sample), key=len)[:24] for sample in samples]
+        choices = {"max_tokens": 32, "temperature": 0.7, "top_p": 0.9, "seed": 0}
         return [
-            (
-                {"prompt": ids, "max_tokens": 32, "temperature": 0.0},
-                self.tokenizer.decode(ids, skip_special_tokens=True),
-            )
+            ({"prompt": ids, **choices}, self.tokenizer.decode(ids, skip_special_tokens=True).strip("\n"))
             for ids in prompts
         ]
 
