@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raytx import checkpoint
-from raytx.artifact import GOLDEN, Artifact, Golden, open_artifact, publish, replay
+from raytx.artifact import GOLDEN, Artifact, Golden, open_artifact, publish, read, replay
 from raytx.checkpoint import Checkpoint
 from raytx.components import Exportable, ExportConfig, Model
 from raytx.compress import Compressed, as_rows, compress
@@ -35,30 +35,50 @@ class Exported:
     remarks: list[str]
 
 
-def export(path: str | Path) -> Exported:
-    """Export a checkpoint, or the chosen checkpoint of a run directory, as its recipe says.
+def export(path: str | Path, plan: Plan | None = None) -> Exported:
+    """Export a checkpoint, or the chosen checkpoint of a run directory.
 
-    Raises ArtifactError, publishing nothing of that form, when it disagrees with the golden outputs of training.
+    Compression and exports are the plan's, or those of the recipe it was trained with when none is given. Raises
+    ArtifactError, publishing nothing of that form, when it disagrees with the golden outputs of training.
     """
     source = checkpoint.load(path)
-    plan = Plan.from_dict(source.plan)
+    plan = plan or Plan.from_dict(source.plan)
     if not plan.recipe.export:
         raise RecipeError(f"{path}: its recipe exports nothing; add export: [{{type: hf}}] and train again")
     model = plan.recipe.model.build()
     task = model.task(source.processor)
     module, golden = consolidate(source, model, plan)
     compressed = compress(model.merged(module), model, task, golden=golden, plan=plan, held_out=_held_out(plan))
-    run_dir = source.directory.parent.parent
     if compressed.measurements:
-        write_json(run_dir / "compression.json", as_rows(compressed.measurements))
-    artifacts: dict[str, Path] = {}
+        write_json(_run_dir(source) / "compression.json", as_rows(compressed.measurements))
     remarks = [_compression_line(row) for row in as_rows(compressed.measurements)]
     for config in plan.recipe.export:
-        directory = run_dir / "artifacts" / config.type
+        directory = _place(config, source)
         difference = _export_one(config, directory, source, plan, model, task, compressed)
-        artifacts[config.type] = directory
         remarks.append(f"{config.type}: {directory}, golden outputs reproduced to {difference:.1e}")
+    artifacts = {config.type: _place(config, source) for config in plan.recipe.export}
     return Exported(artifacts, remarks + _demo(next(iter(artifacts.values())), source))
+
+
+def published(path: str | Path, plan: Plan) -> dict[str, Path] | None:
+    """Return the artifacts of a checkpoint if all that the plan asks for are there and whole, else None."""
+    source = checkpoint.load(path)
+    wanted = {config.type: (_place(config, source), _lineage(config, source, plan)) for config in plan.recipe.export}
+    for directory, lineage in wanted.values():
+        try:
+            if read(directory).lineage != lineage:
+                return None
+        except ArtifactError:
+            return None
+    return {type_: directory for type_, (directory, _) in wanted.items()}
+
+
+def _run_dir(source: Checkpoint) -> Path:
+    return source.directory.parent.parent
+
+
+def _place(config: ExportConfig, source: Checkpoint) -> Path:
+    return _run_dir(source) / "artifacts" / config.type
 
 
 def consolidate(source: Checkpoint, model: Model, plan: Plan) -> tuple[Any, Golden]:
@@ -126,19 +146,27 @@ def _manifest(
         plugins=plan.plugins,
         metrics=source.state.metrics,
         golden_difference=difference,
-        lineage={
-            "run": recipe.name,
-            "step": source.step,
-            "checkpoint": source.directory.name,
-            "manifest": digest(source.manifest),
-            "plan": plan.fingerprint(),
-            "recipe": recipe.dump(),
-        },
+        lineage=_lineage(config, source, plan),
         files={},
         serving=recipe.serving.model_dump(mode="json", exclude_defaults=True),
         labels=task.label_names(),
         measured={"compression": as_rows(compressed.measurements)},
     )
+
+
+def _lineage(config: ExportConfig, source: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """Return what an artifact follows from; the same lineage means the same artifact."""
+    return {
+        "run": plan.recipe.name,
+        "step": source.step,
+        "checkpoint": source.directory.name,
+        "manifest": digest(source.manifest),
+        "plan": plan.fingerprint(),
+        "made_of": digest(
+            [config.model_dump(mode="json"), [c.model_dump(mode="json") for c in plan.recipe.compression]]
+        ),
+        "recipe": plan.recipe.dump(),
+    }
 
 
 def _held_out(plan: Plan) -> Samples | None:

@@ -136,6 +136,7 @@ def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan
     """Turn a recipe into a plan; raise RecipeError or ResourceError with the number that makes it impossible."""
     _check_files(recipe)
     _check_tags(recipe)
+    _check_exports(recipe)
     layout = _layout(recipe)
     accumulation = _accumulation(recipe, layout)
     metric, mode = _metric(recipe)
@@ -242,6 +243,12 @@ def _check_tags(recipe: Recipe) -> None:
                 raise RecipeError(
                     f"{component.kind} {component.type!r} does not go with {other.kind} {other.type!r}: {reason}"
                 )
+
+
+def _check_exports(recipe: Recipe) -> None:
+    types = [config.type for config in recipe.export]
+    if twice := sorted({type_ for type_ in types if types.count(type_) > 1}):
+        raise RecipeError(f"export: {', '.join(twice)} is given twice; an artifact's directory is named by its type")
 
 
 def _plugins(recipe: Recipe) -> dict[str, str]:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from raytx import checkpoint, cluster, run, worker
 from raytx.errors import RaytxError, TrainingError
-from raytx.export import Exported
+from raytx.export import Exported, published
 from raytx.export import export as export_checkpoint
 from raytx.journal import Display, Journal
 from raytx.plan import Plan, resolve
@@ -97,12 +97,17 @@ def fit(
 
 
 def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
-    """Export in a process of its own on the cluster: it may need more memory than the driver's machine has."""
+    """Export in a process of its own on the cluster: it may need more memory than the driver's machine has.
+
+    What is there already, and whole, is not made again.
+    """
+    if (there := published(directory, plan)) is not None:
+        return there
     environment = _environment(plan)
     task = ray.remote(num_cpus=1, runtime_env={"env_vars": environment}, max_retries=1)(export_checkpoint)
     with console.status("exporting and replaying golden outputs"):
         try:
-            exported: Exported = ray.get(task.remote(directory))
+            exported: Exported = ray.get(task.remote(directory, plan))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, RaytxError):
                 raise error.cause from None

@@ -14,9 +14,9 @@ from raytx import artifact, checkpoint, worker
 from raytx.artifact import GOLDEN, Golden, open_artifact
 from raytx.checkpoint import Checkpoint
 from raytx.errors import ArtifactError, CheckpointError, RecipeError
-from raytx.export import export
+from raytx.export import export, published
 from raytx.files import read_json, write_json
-from raytx.plan import resolve
+from raytx.plan import Plan, resolve
 from raytx.prepare import prepare
 
 FORMS = [{"type": "hf"}, {"type": "onnx"}]
@@ -44,6 +44,26 @@ def test_every_form_reproduces_the_trained_engines_logits(artifacts):
     for directory in artifacts.values():
         assert artifact.read(directory).golden_difference <= 1e-5
     assert artifact.read(artifacts["hf"]).golden_difference == 0.0
+
+
+def test_what_is_published_is_found_again_unless_the_recipe_asks_for_something_else(
+    artifacts, run_dir, recipe, tmp_path
+):
+    source = checkpoint.chosen(run_dir)
+    plan = Plan.from_dict(source.plan)
+    assert published(source.directory, plan) == artifacts
+    more = resolve(
+        recipe("exported", train__steps=12, export=[{"type": "hf", "max_shard_size": "1MB"}, {"type": "onnx"}])
+    )
+    assert published(source.directory, more) is None
+    (artifacts["onnx"] / "README.md").rename(tmp_path / "README.md")
+    assert published(source.directory, plan) is None
+    (tmp_path / "README.md").rename(artifacts["onnx"] / "README.md")
+
+
+def test_one_export_type_twice_is_refused(recipe):
+    with pytest.raises(RecipeError, match="hf is given twice"):
+        resolve(recipe("twice", export=[{"type": "hf"}, {"type": "hf"}]))
 
 
 def test_both_forms_complete_prompts_alike(artifacts):
