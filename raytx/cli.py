@@ -83,11 +83,8 @@ def train(recipe: str, overrides: tuple[str, ...], address: str | None, verbose:
         from raytx.recipe import load, parse_overrides
 
         plan = resolve(loaded := load(recipe, overrides), origins=origins(loaded, parse_overrides(overrides)))
-        from raytx import cluster
         from raytx.train import fit
-
-        cluster.connect(address, verbose=verbose)
-    result = fit(plan, console=console)
+    result = fit(plan, address=address, verbose=verbose, console=console)
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     console.print(f"done at step {result.steps}: {numbers or 'no held-out split'}", highlight=False)
     console.print(f"report: {result.run_dir / 'report.html'}", highlight=False, soft_wrap=True)
@@ -104,7 +101,7 @@ def _starting(console: Console, verbose: bool) -> Iterator[None]:
     else:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with console.status("starting Ray"):
+    with console.status("loading"):
         yield
 
 
@@ -155,14 +152,13 @@ def parity(
     """Train RECIPE for a few steps under several strategies and compare loss and gradient norm at each."""
     console = _console()
     with _starting(console, verbose):
-        from raytx import cluster
         from raytx.parity import STRATEGIES
         from raytx.parity import parity as run
         from raytx.recipe import load
 
         loaded = load(recipe, overrides)
-        cluster.connect(address, verbose=verbose)
-    run(loaded, strategies=strategies or STRATEGIES, steps=steps, limit=limit, console=console)
+    chosen = strategies or STRATEGIES
+    run(loaded, strategies=chosen, steps=steps, limit=limit, address=address, verbose=verbose, console=console)
 
 
 @commands.command()

@@ -38,14 +38,24 @@ class Row:
 
 
 def parity(
-    recipe: Recipe, *, strategies: Sequence[str] = STRATEGIES, steps: int = 20, limit: float = 1e-5, console: Console
+    recipe: Recipe,
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    steps: int = 20,
+    limit: float = 1e-5,
+    address: str | None = None,
+    verbose: bool = False,
+    console: Console,
 ) -> list[Row]:
-    """Train a few steps under each strategy, on the Ray this process is connected to; return the table.
+    """Train a few steps under each strategy; return the table.
 
     Writes parity.json into the recipe's run directory, where the report finds it. Raises RaytxError, after the table is
     shown and written, when a strategy is further from the first than the limit.
     """
-    curves = {strategy: _curve(recipe, strategy, steps, console) for strategy in strategies}
+    curves = {}
+    for strategy in strategies:
+        with console.status(f"{steps} steps under {strategy}"):
+            curves[strategy] = _curve(recipe, strategy, steps, address, verbose)
     reference = curves[strategies[0]]
     table = [_compare(strategy, curve, reference) for strategy, curve in curves.items()]
     run_dir = resolve(recipe).run_dir
@@ -57,7 +67,7 @@ def parity(
     return table
 
 
-def _curve(recipe: Recipe, strategy: str, steps: int, console: Console) -> list[dict[str, Any]]:
+def _curve(recipe: Recipe, strategy: str, steps: int, address: str | None, verbose: bool) -> list[dict[str, Any]]:
     """Train anew under one strategy and return its step rows."""
     values = _strategy(strategy)
     changed = recipe.override(
@@ -75,8 +85,7 @@ def _curve(recipe: Recipe, strategy: str, steps: int, console: Console) -> list[
     )
     plan = resolve(changed)
     shutil.rmtree(plan.run_dir, ignore_errors=True)
-    with console.status(f"{steps} steps under {strategy}"):
-        fit(plan, export=False)
+    fit(plan, address=address, verbose=verbose, export=False)
     return [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
 
 

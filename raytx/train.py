@@ -65,44 +65,59 @@ def train(
     Starts a local Ray on loopback, or joins the cluster at `address`. Raises RaytxError for what a user can mend.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
-    plan = resolve(recipe)
-    cluster.connect(address, verbose=verbose)
-    return fit(plan, console=console or Console())
+    return fit(resolve(recipe), address=address, verbose=verbose, console=console or Console())
 
 
 def fit(
-    plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Console | None = None, export: bool = True
+    plan: Plan,
+    *,
+    address: str | None = None,
+    verbose: bool = False,
+    callbacks: Sequence[UserCallback] = (),
+    console: Console | None = None,
+    export: bool = True,
 ) -> Result:
-    """Carry a plan out on the Ray that this process is connected to."""
+    """Carry a plan out. Ray is started, or joined at `address`, once the data is known to be good."""
     console = console or Console(quiet=True)
     run.check_same(plan)
     plan, prepared = prepare(plan, console)
     with run.own(plan) as run_dir:
         _announce(plan, prepared, console)
         if not _finished(plan):
-            cluster.wait_for(
-                plan.resources_per_worker,
-                num_workers=plan.world_size,
-                wait_s=plan.recipe.scaling.wait_s,
-                console=console,
-                placement_strategy=plan.recipe.scaling.placement_strategy,
-            )
+            _connect(plan, address, verbose, console)
             _run_workers(plan, callbacks, console)
         chosen = checkpoint.chosen(run_dir)
         result = Result(run_dir, chosen.step, chosen.state.metrics, chosen.directory)
         if export and plan.recipe.export:
-            result = replace(result, artifacts=_export(chosen.directory, plan, console))
+            result = replace(result, artifacts=_artifacts(chosen.directory, plan, address, verbose, console))
         write_report(run_dir)
         return result
 
 
-def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
-    """Export in a process of its own on the cluster: it may need more memory than the driver's machine has.
+def _connect(plan: Plan, address: str | None, verbose: bool, console: Console) -> None:
+    """Have a cluster, and wait until it has room for the plan's workers."""
+    with console.status("starting Ray"):
+        cluster.connect(address, verbose=verbose)
+    cluster.wait_for(
+        plan.resources_per_worker,
+        num_workers=plan.world_size,
+        wait_s=plan.recipe.scaling.wait_s,
+        console=console,
+        placement_strategy=plan.recipe.scaling.placement_strategy,
+    )
 
-    What is there already, and whole, is not made again.
-    """
+
+def _artifacts(directory: Path, plan: Plan, address: str | None, verbose: bool, console: Console) -> dict[str, Path]:
+    """Return a checkpoint's artifacts; what is there already, and whole, is not made again."""
     if (there := published(directory, plan)) is not None:
         return there
+    with console.status("starting Ray"):
+        cluster.connect(address, verbose=verbose)
+    return _export(directory, plan, console)
+
+
+def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
+    """Export in a process of its own on the cluster: it may need more memory than the driver's machine has."""
     environment = _environment(plan)
     task = ray.remote(num_cpus=1, runtime_env={"env_vars": environment}, max_retries=1)(export_checkpoint)
     with console.status("exporting and replaying golden outputs"):

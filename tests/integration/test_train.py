@@ -29,10 +29,11 @@ STEPS = 120
 
 @pytest.fixture(scope="module")
 def local_ray():
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    cluster.connect(num_cpus=4)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster.connect(num_cpus=4)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
