@@ -94,6 +94,8 @@ def publish(staging: Path, target: Path, artifact: Artifact) -> Path:
     files = inventory(staging, exclude=frozenset({MANIFEST}))
     write_json(staging / MANIFEST, asdict(artifact) | {"files": files})
     old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two renames below
+        old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
@@ -115,7 +117,7 @@ def read(directory: str | Path, *, verify: bool = True) -> Artifact:
         raise ArtifactError(f"{path}: not a valid manifest: {error}") from None
     if artifact.format != FORMAT:
         raise ArtifactError(f"{path}: format {artifact.format}, this raytx reads {FORMAT}")
-    if verify and (wrong := disagreements(directory, artifact.files)):
+    if verify and (wrong := disagreements(directory, artifact.files, manifest=MANIFEST)):
         raise ArtifactError(f"{directory}: not what was published. " + "; ".join(wrong))
     return artifact
 

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from raytx.artifact import GOLDEN, Golden
 from raytx.components import Engine, Part
 from raytx.errors import CheckpointError, TrainingError
-from raytx.files import disagreements, inventory, read_json, sync_directory, write_json
+from raytx.files import disagreements, inventory, read_json, sync_directory, walk, write_json
 from raytx.plan import Plan
 from raytx.tasks.base import Request
 
@@ -48,8 +48,10 @@ class State:
     best: float | None = None
     """Best value of the metric so far."""
     best_step: int | None = None
+    metric: str | None = None
+    """Which metric and mode best is of; another recipe may ask for another."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The evaluation nearest before this checkpoint."""
+    """The evaluation of this very step; empty when there was none."""
     seconds: float = 0.0
     """Wall-clock seconds spent in training, over all attempts."""
 
@@ -213,6 +215,8 @@ def _seal(staging: Path, target: Path, plan: Plan, state: State, golden: Golden,
     write_json(staging / "demo.json", demo)
     write_json(staging / "plan.json", plan.to_dict())
     write_json(staging / "state.json", asdict(state))
+    for path in walk(staging):
+        _sync(path)
     write_json(staging / MANIFEST, {"format": FORMAT, "step": state.step, "files": inventory(staging)})
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
@@ -238,14 +242,20 @@ def complete(run_dir: Path) -> list[Path]:
     return sorted((path for path in found if (path / MANIFEST).is_file()), reverse=True)
 
 
-def newest(run_dir: Path, *, tell: Any = None) -> Checkpoint | None:
-    """Return the newest checkpoint whose every file is as its manifest says, or None; say which were passed over."""
+def newest(run_dir: Path, *, tell: Callable[[str], None] | None = None, set_aside: bool = False) -> Checkpoint | None:
+    """Return the newest checkpoint whose every file is as its manifest says, or None; say which were passed over.
+
+    Where it is asked for, damaged ones are renamed, so that nothing counts them as checkpoints again.
+    """
     for directory in complete(run_dir):
         problem = damage(directory)
         if problem is None:
             return Checkpoint(directory)
         if tell:
             tell(f"checkpoint {directory.name} is damaged and passed over: {problem}")
+        if set_aside:
+            with contextlib.suppress(OSError):
+                directory.rename(directory.with_name(f"damaged-{directory.name}"))
     return None
 
 
@@ -253,7 +263,7 @@ def damage(directory: Path) -> str | None:
     """Return what is wrong with a checkpoint directory, or None."""
     try:
         manifest = read_json(directory / MANIFEST)
-        wrong = disagreements(directory, manifest["files"])
+        wrong = disagreements(directory, manifest["files"], manifest=MANIFEST)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if manifest.get("format") != FORMAT:
@@ -273,15 +283,24 @@ def load(directory: str | Path) -> Checkpoint:
     return Checkpoint(directory)
 
 
-def chosen(run_dir: Path) -> Checkpoint:
-    """Return the checkpoint that a run's artifacts are made of: the best or the last, as its recipe says."""
+def chosen(run_dir: Path, plan: Plan | None = None) -> Checkpoint:
+    """Return the checkpoint that a run's artifacts are made of: the best or the last, as the plan says.
+
+    Without a plan it is the one the newest checkpoint was saved under. Where the best is damaged, the best of the
+    others is taken.
+    """
     passed_over: list[str] = []
     last = newest(run_dir, tell=passed_over.append)
     if last is None:
         raise CheckpointError(". ".join([f"{run_dir}: holds no complete checkpoint", *passed_over]))
-    if last.plan["recipe"]["save"]["keep"] == "best" and last.state.best_step is not None:
-        return load(run_dir / "checkpoints" / _name(last.state.best_step))
-    return last
+    plan = plan or Plan.from_dict(last.plan)
+    best = last
+    if plan.recipe.save.keep == "best":
+        for other in (Checkpoint(path) for path in complete(run_dir) if damage(path) is None):
+            value = other.state.metrics.get(plan.metric)
+            if value is not None and plan.better(value, best.state.metrics.get(plan.metric)):
+                best = other
+    return best
 
 
 def retain(run_dir: Path, *, num_to_keep: int | None, best_step: int | None) -> None:

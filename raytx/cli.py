@@ -183,9 +183,13 @@ def export(checkpoint: str) -> None:
     """Export CHECKPOINT (or the chosen one of a run directory) again, as its recipe says."""
     console = _console()
     with console.status("exporting and replaying golden outputs"):
+        from raytx.checkpoint import load
         from raytx.export import export as run
+        from raytx.run import lock
 
-        exported = run(checkpoint)
+        source = load(checkpoint).directory
+        with lock(source.parent.parent):
+            exported = run(source)
     for remark in exported.remarks:
         console.print(remark, highlight=False, markup=False)
 

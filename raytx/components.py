@@ -21,6 +21,7 @@ from raytx.tasks.base import Features, Row, Runner, Task
 
 if TYPE_CHECKING:
     from raytx.plan import Plan
+    from raytx.recipe import Recipe
 
 KINDS = ("model", "data", "strategy", "compression", "export")
 """The kinds, in the order in which a run meets them."""
@@ -100,6 +101,9 @@ class ModelConfig(Component):
 class Model(Protocol):
     """What a model config builds."""
 
+    def fingerprint(self) -> str:
+        """Return a name that changes whenever local files do that the processor is made of; "" where there are none."""
+
     def fit(self, rows: Callable[[], Iterator[Row]], directory: Path, *, max_length: int) -> None:
         """Write the processor (tokenizer, labels) into a directory, learning from the training rows what it must."""
 
@@ -175,6 +179,10 @@ class StrategyConfig(Component):
     def layout(self, world_size: int) -> Layout:
         """Return the grid of ranks; raise RecipeError naming the number that does not divide."""
         return Layout(data_parallel_size=world_size)
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Return why this strategy cannot carry out a recipe, or None; asked before anything is started."""
+        return None
 
     def shares(self, layout: Layout) -> Shares:
         """Return the divisors of memory for a layout."""
@@ -253,6 +261,8 @@ class CompressionConfig(Component):
     """A step that makes the model smaller, with the limits it must keep."""
 
     kind: ClassVar[str] = "compression"
+    changes_training: ClassVar[bool] = False
+    """Whether prepare() changes what is learned, so that a run cannot go on with another value of it."""
     max_relative_error: float | None = None
     """Largest allowed ||compressed - original|| / ||original|| of the golden logits; null measures and lets pass."""
     max_metric_loss: float | None = None

@@ -14,7 +14,7 @@ from raytx.artifact import GOLDEN, Artifact, Golden, open_artifact, publish, rea
 from raytx.checkpoint import Checkpoint
 from raytx.components import Exportable, ExportConfig, Model
 from raytx.compress import Compressed, as_rows, compress
-from raytx.errors import ArtifactError, RecipeError
+from raytx.errors import ArtifactError, CheckpointError, RecipeError
 from raytx.files import digest, write_json
 from raytx.plan import Plan
 from raytx.prepare import Samples
@@ -42,6 +42,10 @@ def export(path: str | Path, plan: Plan | None = None) -> Exported:
     ArtifactError, publishing nothing of that form, when it disagrees with the golden outputs of training.
     """
     source = checkpoint.load(path)
+    if source.directory.parent.name != "checkpoints":
+        raise CheckpointError(
+            f"{path}: not inside a run's checkpoints/; artifacts are written beside it, so copy whole runs"
+        )
     plan = plan or Plan.from_dict(source.plan)
     if not plan.recipe.export:
         raise RecipeError(f"{path}: its recipe exports nothing; add export: [{{type: hf}}] and train again")
@@ -63,14 +67,14 @@ def export(path: str | Path, plan: Plan | None = None) -> Exported:
 def published(path: str | Path, plan: Plan) -> dict[str, Path] | None:
     """Return the artifacts of a checkpoint if all that the plan asks for are there and whole, else None."""
     source = checkpoint.load(path)
-    wanted = {config.type: (_place(config, source), _lineage(config, source, plan)) for config in plan.recipe.export}
-    for directory, lineage in wanted.values():
+    artifacts = {config.type: _place(config, source) for config in plan.recipe.export}
+    for config in plan.recipe.export:
         try:
-            if read(directory).lineage != lineage:
+            if read(artifacts[config.type]).lineage["made_of"] != _made_of(config, source, plan):
                 return None
         except ArtifactError:
             return None
-    return {type_: directory for type_, (directory, _) in wanted.items()}
+    return artifacts
 
 
 def _run_dir(source: Checkpoint) -> Path:
@@ -155,18 +159,21 @@ def _manifest(
 
 
 def _lineage(config: ExportConfig, source: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """Return what an artifact follows from; the same lineage means the same artifact."""
     return {
         "run": plan.recipe.name,
         "step": source.step,
         "checkpoint": source.directory.name,
-        "manifest": digest(source.manifest),
         "plan": plan.fingerprint(),
-        "made_of": digest(
-            [config.model_dump(mode="json"), [c.model_dump(mode="json") for c in plan.recipe.compression]]
-        ),
+        "made_of": _made_of(config, source, plan),
         "recipe": plan.recipe.dump(),
     }
+
+
+def _made_of(config: ExportConfig, source: Checkpoint, plan: Plan) -> str:
+    """Return a name for all that an artifact follows from; the same name means the same artifact."""
+    compression = [step.model_dump(mode="json") for step in plan.recipe.compression]
+    serving = plan.recipe.serving.model_dump(mode="json")
+    return digest([source.manifest, plan.plugins, config.model_dump(mode="json"), compression, serving])
 
 
 def _held_out(plan: Plan) -> Samples | None:

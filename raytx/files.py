@@ -69,9 +69,13 @@ def walk(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
-def disagreements(directory: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """Return one line per file that is missing, of another size or of another hash than an inventory says."""
-    found = []
+def disagreements(directory: Path, files: dict[str, dict[str, Any]], *, manifest: str) -> list[str]:
+    """Return one line per file that is missing, of another size or hash than an inventory says, or not in it at all.
+
+    The manifest that holds the inventory is the one file that it does not list.
+    """
+    listed = {*files, manifest}
+    found = [f"{n}: not in the manifest" for p in walk(directory) if (n := str(p.relative_to(directory))) not in listed]
     for name, wanted in files.items():
         path = directory / name
         if not path.is_file():

@@ -34,26 +34,31 @@ class Journal:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / METRICS
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._events = _Events(run_dir / "tensorboard")
 
-    def take(self, records: Iterable[Record]) -> None:
-        for record in records:
-            if record["kind"] in FRESH:
-                self._forget_after(record["step"])
-            self._file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-            self._events.add(record)
-        self._file.flush()
+    def __enter__(self) -> Journal:
+        return self
 
-    def close(self) -> None:
-        self._file.close()
+    def __exit__(self, *error: object) -> None:
         self._events.close()
 
-    def _forget_after(self, step: int) -> None:
-        self._file.close()
-        kept = [line for line in rows(self._path) if line.get("step", 0) <= step]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    def take(self, records: Iterable[Record]) -> str | None:
+        """Write records; return why they could not be written, or None."""
+        try:
+            for record in records:
+                self._write(record)
+        except (OSError, TypeError, ValueError) as error:  # a full disk, or a plugin's metric that is no number
+            return str(error)
+        return None
+
+    def _write(self, record: Record) -> None:
+        if record["kind"] in FRESH:
+            kept = [line for line in rows(self._path) if line.get("step", 0) <= record["step"]]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(line)
+        self._events.add(record)
 
 
 class Display:

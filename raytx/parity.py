@@ -53,10 +53,10 @@ def parity(
     shown and written, when a strategy is further from the first than the limit.
     """
     curves = {}
-    for strategy in strategies:
+    for strategy in _possible(recipe, strategies, console):
         with console.status(f"{steps} steps under {strategy}"):
             curves[strategy] = _curve(recipe, strategy, steps, address, verbose)
-    reference = curves[strategies[0]]
+    reference = next(iter(curves.values()))
     table = [_compare(strategy, curve, reference) for strategy, curve in curves.items()]
     run_dir = resolve(recipe).run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,33 @@ def parity(
     return table
 
 
+def _possible(recipe: Recipe, strategies: Sequence[str], console: Console) -> list[str]:
+    """Leave out, aloud, what the plan refuses, unless it was asked for by name."""
+    possible = []
+    for strategy in strategies:
+        try:
+            resolve(_under(recipe, strategy, steps=1))
+        except RecipeError as error:
+            if strategies is not STRATEGIES:
+                raise
+            console.print(f"left out: {error}", style="yellow", highlight=False, markup=False)
+        else:
+            possible.append(strategy)
+    return possible
+
+
 def _curve(recipe: Recipe, strategy: str, steps: int, address: str | None, verbose: bool) -> list[dict[str, Any]]:
     """Train anew under one strategy and return its step rows."""
+    plan = resolve(_under(recipe, strategy, steps=steps))
+    shutil.rmtree(plan.run_dir, ignore_errors=True)
+    fit(plan, address=address, verbose=verbose, export=False)
+    return [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
+
+
+def _under(recipe: Recipe, strategy: str, *, steps: int) -> Recipe:
+    """Return the recipe under another strategy, for a few steps, with nothing but training left."""
     values = _strategy(strategy)
-    changed = recipe.override(
+    return recipe.override(
         {
             "name": f"{recipe.name}.{strategy.replace(' ', '-').replace('=', '')}",
             "strategy": values,
@@ -83,10 +106,6 @@ def _curve(recipe: Recipe, strategy: str, steps: int, address: str | None, verbo
             **({"scaling.num_workers": 1} if values["type"] == "single" else {}),
         }
     )
-    plan = resolve(changed)
-    shutil.rmtree(plan.run_dir, ignore_errors=True)
-    fit(plan, address=address, verbose=verbose, export=False)
-    return [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
 
 
 def _strategy(text: str) -> dict[str, Any]:

@@ -72,13 +72,16 @@ class Plan:
         )
 
     def better(self, value: float, than: float | None) -> bool:
-        """Tell whether a value of the metric beats another; anything beats none."""
+        """Tell whether a value of the metric beats another; any number beats none, and nan beats nothing."""
+        if not math.isfinite(value):
+            return False
         return than is None or (value < than if self.metric_mode == "min" else value > than)
 
     def with_data(self, *, directory: Path, num_samples: int) -> Plan:
         """Return the plan with what the prepared data settles: steps an epoch and steps in all."""
         per_epoch = math.ceil(num_samples / self.recipe.train.global_batch_size)
         steps = self.recipe.train.steps or max(1, round((self.recipe.train.epochs or 1.0) * per_epoch))
+        _check_warmup(self.recipe, steps)
         return replace(self, steps=steps, steps_per_epoch=per_epoch, num_samples=num_samples, prepared=str(directory))
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +132,14 @@ def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Workers, strategy, what is measured, saved, exported or served may change between a run and its continuation.
     """
     train = {key: value for key, value in recipe["train"].items() if key != "activation_checkpointing"}
-    return {"model": recipe["model"], "data": recipe["data"], "optim": recipe["optim"], "train": train}
+    shaping = [step for step in recipe["compression"] if _changes_training(step["type"])]
+    identity = {"model": recipe["model"], "data": recipe["data"], "optim": recipe["optim"], "train": train}
+    return identity | ({"compression": shaping} if shaping else {})
+
+
+def _changes_training(type_: str) -> bool:
+    found = registry().components["compression"].get(type_)
+    return bool(found and found.changes_training)  # type: ignore[attr-defined]
 
 
 def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan:
@@ -137,6 +147,9 @@ def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan
     _check_files(recipe)
     _check_tags(recipe)
     _check_exports(recipe)
+    _check_warmup(recipe, recipe.train.steps)
+    if (refusal := recipe.strategy.refusal(recipe)) is not None:
+        raise RecipeError(f"strategy.type={recipe.strategy.type}: {refusal}")
     layout = _layout(recipe)
     accumulation = _accumulation(recipe, layout)
     metric, mode = _metric(recipe)
@@ -243,6 +256,14 @@ def _check_tags(recipe: Recipe) -> None:
                 raise RecipeError(
                     f"{component.kind} {component.type!r} does not go with {other.kind} {other.type!r}: {reason}"
                 )
+
+
+def _check_warmup(recipe: Recipe, steps: int | None) -> None:
+    if steps is not None and recipe.optim.warmup >= max(steps, 1):
+        raise RecipeError(
+            f"optim.warmup={recipe.optim.warmup:g} steps, but training has {steps}: optim.lr would never be reached. "
+            "Give fewer, or a share of all steps such as 0.1"
+        )
 
 
 def _check_exports(recipe: Recipe) -> None:

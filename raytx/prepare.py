@@ -22,6 +22,7 @@ from raytx.components import Model, Source
 from raytx.errors import DataError
 from raytx.files import digest, read_json, write_json
 from raytx.plan import Plan
+from raytx.registry import registry
 from raytx.tasks.base import Features, Row, Task
 
 META = "prepared.json"
@@ -81,19 +82,45 @@ def prepare(plan: Plan, console: Console) -> tuple[Plan, Prepared]:
     key = digest(
         {
             "version": __version__,
-            "plugins": plan.plugins,
+            "plugins": _makers(plan),
             "source": source.fingerprint(),
             "model": plan.recipe.model.model_dump(mode="json"),
+            "model_files": plan.recipe.model.build().fingerprint(),
             "max_length": plan.recipe.train.max_length,
         }
     )
-    directory = plan.run_dir.parent / "cache" / key
+    directory = plan.run_dir.parent / ".cache" / key
     if not (directory / META).is_file():
         _make(plan, source, directory, console)
     prepared = Prepared(directory=directory, **read_json(directory / META))
+    _check_held_out(plan, prepared.num_samples["test"])
     for remark in prepared.remarks:
         console.print(f"data: {remark}", style="yellow", highlight=False, markup=False)
     return plan.with_data(directory=directory, num_samples=prepared.num_samples["train"]), prepared
+
+
+def _makers(plan: Plan) -> dict[str, str]:
+    """Return the plugins that decide what is prepared. Strategy and export are no part of it, nor may they ever be."""
+    components = (plan.recipe.model, plan.recipe.data)
+    names = {registry().owner(component).name for component in components}
+    names |= {name for component in components for name in getattr(component, "plugins", ())}
+    return {name: plan.plugins[name] for name in sorted(names)}
+
+
+def _check_held_out(plan: Plan, num_test: int) -> None:
+    """Refuse keys that need a held-out split where there is none: nothing could obey them."""
+    recipe = plan.recipe
+    wanted = {
+        "evaluate.every": recipe.evaluate.every is not None,
+        "evaluate.metric": recipe.evaluate.metric is not None,
+        "save.keep=best": recipe.save.keep == "best",
+        "compression.max_metric_loss": any(step.max_metric_loss is not None for step in recipe.compression),
+    }
+    if not num_test and (named := [key for key, is_set in wanted.items() if is_set]):
+        raise DataError(
+            f"{', '.join(named)}: needs held-out samples, and the data has none. Hold some out (data.split, more "
+            "data), or leave these keys out"
+        )
 
 
 def _make(plan: Plan, source: Source, directory: Path, console: Console) -> None:

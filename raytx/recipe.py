@@ -33,7 +33,23 @@ PLAIN = {
 
 
 def _component(kind: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: registry().parse(kind, value))
+    return BeforeValidator(lambda value: _with_homes(registry().parse(kind, value)))
+
+
+def _with_homes(component: Component) -> Component:
+    for key, path in component.local_files():
+        if (problem := _homeless(path)) is not None:
+            raise ValueError(f"{key}={path}: {problem}")
+    return component
+
+
+def _homeless(path: str) -> str | None:
+    """Return what is wrong with a path that begins in a home directory which nobody knows, or None."""
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return f"the home directory {path.partition('/')[0]!r} is not known on this machine; write the path out"
+    return None
 
 
 class Recipe(Section):
@@ -67,6 +83,13 @@ class Recipe(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError("must be letters, digits, '.', '_' and '-', beginning with a letter or digit")
         return name
+
+    @field_validator("storage_path")
+    @classmethod
+    def _known_home(cls, path: str) -> str:
+        if (problem := _homeless(path)) is not None:
+            raise ValueError(problem)
+        return path
 
     def components(self) -> Iterator[Component]:
         """Yield every component of the recipe, in the order in which a run meets them."""

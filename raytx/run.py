@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from raytx.errors import RecipeError, ResourceError
+from raytx.errors import DataError, RecipeError, ResourceError
 from raytx.files import read_json, write_json, write_text
 from raytx.plan import Plan, identity
 
@@ -25,43 +25,76 @@ PACKAGES = (
 
 @contextlib.contextmanager
 def own(plan: Plan) -> Iterator[Path]:
-    """Hold a run's directory for as long as this process lives; refuse a second owner and a plan that differs.
+    """Hold a plan's run directory; refuse a second owner and a plan that learns something else."""
+    with lock(plan.run_dir):
+        check_same(plan)
+        yield plan.run_dir
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run's directory for as long as this process lives, making it where it is missing.
 
     The lock is the kernel's, so it is gone with its owner however that ends.
     """
-    run_dir = plan.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a+")  # noqa: SIM115  held until the process or the block ends
+        file = open(run_dir / ".lock", "a+")  # noqa: SIM115  held until the process or the block ends
     except OSError as error:
         raise ResourceError(f"storage_path: cannot write {run_dir}: {error.strerror}") from None
-    with lock:
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ResourceError(
-                f"run {plan.recipe.name!r} is in use by another process, as {run_dir} is locked. Wait for it, or give "
-                "this one another name"
+                f"run {run_dir.name!r} is in use by another process, as {run_dir} is locked. Wait for it, or give this "
+                "one another name"
             ) from None
-        check_same(plan)
-        write_json(run_dir / PLAN, plan.to_dict())
-        write_text(run_dir / "recipe.yaml", plan.recipe.to_yaml())
-        write_json(run_dir / "environment.json", environment())
-        yield run_dir
+        yield
+
+
+def record(plan: Plan) -> None:
+    """Write down what is trained, and on what; refuse to go on with other data than the run has seen."""
+    check_same_data(plan)
+    write_json(plan.run_dir / PLAN, plan.to_dict())
+    write_text(plan.run_dir / "recipe.yaml", plan.recipe.to_yaml())
+    write_json(plan.run_dir / "environment.json", environment())
 
 
 def check_same(plan: Plan) -> None:
     """Raise RecipeError naming the keys, when the run that lives in this directory learns something else."""
-    path = plan.run_dir / PLAN
-    if not path.is_file() or not any((plan.run_dir / "checkpoints").glob("step-*")):
+    if (earlier := _earlier(plan)) is None:
         return
-    changed = differences(identity(read_json(path)["recipe"]), plan.identity())
+    changed = differences(identity(earlier["recipe"]), plan.identity())
     if changed:
         lines = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in changed.items())
         raise RecipeError(
             f"run {plan.recipe.name!r} in {plan.run_dir} learns something else, so it cannot go on:\n{lines}\n"
             "Give the new recipe another name (name=...), or put the values back"
         )
+
+
+def check_same_data(plan: Plan) -> None:
+    """Raise DataError when rows, tokenizer or labels are others than those the run has learned from."""
+    earlier = _earlier(plan)
+    if earlier is None or earlier["prepared"] is None:
+        return
+    assert plan.prepared is not None
+    if (old := Path(earlier["prepared"]).name) != (new := Path(plan.prepared).name):
+        raise DataError(
+            f"run {plan.recipe.name!r} in {plan.run_dir} has learned from other data, so it cannot go on: prepared "
+            f"data {old} with {earlier['num_samples']} samples in the run, {new} with {plan.num_samples} now. Put the "
+            "files back as they were, or give the new run another name (name=...)"
+        )
+
+
+def _earlier(plan: Plan) -> dict[str, Any] | None:
+    """Return the plan of the run that lives in this directory, once it has a checkpoint to go on from."""
+    path = plan.run_dir / PLAN
+    if not path.is_file() or not any((plan.run_dir / "checkpoints").glob("step-*")):
+        return None
+    earlier: dict[str, Any] = read_json(path)
+    return earlier
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SEEDS = 2**32
+"""NumPy and torch take seeds below this."""
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe in which every key is known."""
+    """A frozen part of a recipe in which every key is known and every number is finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Optim(Section):
@@ -33,13 +38,20 @@ class Optim(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global L2 norm; null turns clipping off."""
 
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, warmup: float) -> float:
+        if warmup > 1 and warmup != int(warmup):
+            raise ValueError("must be a share of all steps below 1, or a whole number of steps")
+        return warmup
+
 
 class Train(Section):
     """How long, in what batches and in what precision to train."""
 
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the data; one when neither epochs nor steps is given."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, lt=10**9)
     """Optimizer updates, instead of epochs."""
     global_batch_size: int = Field(32, gt=0)
     """Samples of one optimizer update, over all workers. The numbers depend on this, never on the workers."""
@@ -51,7 +63,7 @@ class Train(Section):
     """Number format of forward and backward; master weights and moments stay fp32."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=SEEDS)
     """Seeds initial weights, data order and dropout."""
 
     @model_validator(mode="after")
@@ -124,8 +136,19 @@ class Search(Section):
     """asha keeps one in this many at each rung."""
     max_concurrent: int | None = Field(None, gt=0)
     """Trials at once; null takes what the cluster holds."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=SEEDS)
     """Seeds the sampling of the space."""
+
+    @model_validator(mode="after")
+    def _asha_only(self) -> Search:
+        idle = [name for name in ("grace_period", "reduction_factor") if self._differs(name)]
+        if self.scheduler == "fifo" and idle:
+            raise ValueError(f"{' and '.join(idle)} would do nothing: scheduler fifo lets every trial finish")
+        return self
+
+    def _differs(self, name: str) -> bool:
+        """Tell a value that was chosen; model_fields_set would not do, as a plan's recipe has every field set."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class Serving(Section):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -54,7 +57,8 @@ def submit(
 ) -> int:
     """Run `raytx train` on a cluster and return the job's exit code; 0 at once without `wait`.
 
-    Submitting the same recipe again joins the job that is under way, and begins the next attempt after one that failed.
+    Submitting the same again, to the last byte of recipe, overrides, code and data that are sent, joins the job that is
+    under way or has succeeded, and begins the next attempt after one that failed. Anything else is another job.
     `python` is the interpreter on the cluster. Raises RaytxError for what a user can mend, before anything is uploaded.
     """
     console = console or Console()
@@ -62,14 +66,17 @@ def submit(
     directory, inside = _packed(Path(path), Path(working_dir) if working_dir else None)
     _check(recipe, directory, console)
     client = _client(_address(address))
+    entrypoint = shlex.join([python, "-m", "raytx", "train", str(inside), *overrides])
     with _modules(recipe, py_modules) as modules:
-        job = _send(
-            client,
-            prefix=f"{recipe.name}-{digest(recipe.dump())[:8]}",
-            entrypoint=shlex.join([python, "-m", "raytx", "train", str(inside), *overrides]),
-            runtime_env=_runtime_env(directory, modules),
-            console=console,
-        )
+        runtime_env = _uploaded(client, _runtime_env(directory, modules))
+    content = digest({"recipe": recipe.dump(), "entrypoint": entrypoint, "runtime_env": runtime_env})
+    job = _send(
+        client,
+        prefix=f"{recipe.name}-{content[:12]}",
+        entrypoint=entrypoint,
+        runtime_env=runtime_env,
+        console=console,
+    )
     return _follow(client, job, console) if wait else 0
 
 
@@ -166,6 +173,20 @@ def _runtime_env(directory: Path, modules: Sequence[Path]) -> dict[str, Any]:
     return environment | ({"py_modules": [str(module) for module in modules]} if modules else {})
 
 
+def _uploaded(client: JobSubmissionClient, runtime_env: dict[str, Any]) -> dict[str, Any]:
+    """Upload the directory and the modules; return the environment with their addresses, which name their content.
+
+    submit_job would do the same, but only after the job has its name. What the cluster has already is not sent again.
+    """
+    runtime_env = dict(runtime_env)
+    try:
+        client._upload_working_dir_if_needed(runtime_env)
+        client._upload_py_modules_if_needed(runtime_env)
+    except Exception as error:
+        raise ResourceError(f"cannot be uploaded: {_last_line(error)}") from error
+    return runtime_env
+
+
 @contextlib.contextmanager
 def _modules(recipe: Recipe, given: Sequence[str | Path]) -> Iterator[list[Path]]:
     """Yield what goes along as Python modules: those asked for, and the recipe's plugins that are installed from here.
@@ -174,7 +195,25 @@ def _modules(recipe: Recipe, given: Sequence[str | Path]) -> Iterator[list[Path]
     """
     sources = dict.fromkeys([*(Path(module).absolute() for module in given), *_local_plugins(recipe)])
     with tempfile.TemporaryDirectory(prefix="raytx-") as built:
-        yield [_wheel(source, Path(built)) if (source / "pyproject.toml").is_file() else source for source in sources]
+        yield [_module(source, Path(built)) for source in sources]
+
+
+def _module(source: Path, target: Path) -> Path:
+    """Return a source as Ray takes it: a project as a wheel, and every wheel under a name of its own."""
+    if (source / "pyproject.toml").is_file():
+        source = _wheel(source, target)
+    return _stamped(source, target) if source.suffix == ".whl" else source
+
+
+def _stamped(wheel: Path, target: Path) -> Path:
+    """Copy a wheel to a name with its content in it, as a build tag.
+
+    Ray takes a wheel's file name for its content: changed code of an unchanged version would never arrive.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        content = digest({name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()})
+    name, version, *_, python, abi, platform = wheel.stem.split("-")
+    return Path(shutil.copy(wheel, target / f"{name}-{version}-0{content}-{python}-{abi}-{platform}.whl"))
 
 
 def _local_plugins(recipe: Recipe) -> list[Path]:
@@ -211,6 +250,14 @@ def _send(
     while (status := _status(client, f"{prefix}-{attempt}")) in (JobStatus.FAILED, JobStatus.STOPPED):
         attempt += 1
     job = f"{prefix}-{attempt}"
+    if status is JobStatus.SUCCEEDED:
+        console.print(
+            f"job {job} is there already: succeeded, with exactly this recipe, code and data. Nothing was started; what "
+            "follows is its log. To train anew, give the run another name (name=...)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return job
     if status is not None:
         console.print(f"job {job} is there already: {status.value.lower()}", highlight=False)
         return job

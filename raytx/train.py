@@ -79,14 +79,14 @@ def fit(
 ) -> Result:
     """Carry a plan out. Ray is started, or joined at `address`, once the data is known to be good."""
     console = console or Console(quiet=True)
-    run.check_same(plan)
-    plan, prepared = prepare(plan, console)
     with run.own(plan) as run_dir:
+        plan, prepared = prepare(plan, console)
+        run.record(plan)
         _announce(plan, prepared, console)
         if not _finished(plan):
             _connect(plan, address, verbose, console)
             _run_workers(plan, callbacks, console)
-        chosen = checkpoint.chosen(run_dir)
+        chosen = checkpoint.chosen(run_dir, plan)
         result = Result(run_dir, chosen.step, chosen.state.metrics, chosen.directory)
         if export and plan.recipe.export:
             result = replace(result, artifacts=_artifacts(chosen.directory, plan, address, verbose, console))
@@ -127,6 +127,10 @@ def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
             if isinstance(error.cause, RaytxError):
                 raise error.cause from None
             raise
+        except ray.exceptions.RayError as error:
+            raise RaytxError(
+                f"the process that exported {directory} died: {str(error).strip().splitlines()[0]}"
+            ) from error
     for remark in exported.remarks:
         console.print(remark, highlight=False, markup=False)
     return exported.artifacts
@@ -182,7 +186,7 @@ def _trainer(plan: Plan, board: Any, callbacks: Sequence[UserCallback]) -> Torch
             storage_path=str(plan.run_dir / ".ray"),
             failure_config=FailureConfig(max_failures=recipe.scaling.max_failures, controller_failure_limit=10),
             worker_runtime_env={"env_vars": _environment(plan)},
-            callbacks=[TellFailures(board), *callbacks],
+            callbacks=[TellFailures(board, max_failures=recipe.scaling.max_failures), *callbacks],
         ),
     )
 
@@ -280,13 +284,14 @@ class Board:
 class TellFailures(UserCallback):  # type: ignore[misc]
     """Tells the user why workers are restarted, when it happens."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, board: Any, *, max_failures: int) -> None:
+        self._board, self._left = board, max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = first_cause(worker_exceptions)
-        text = f"worker {rank} failed ({_gist(error)}); restarting all workers from the last checkpoint"
-        self._board.push.remote([{"kind": "remark", "text": text}])
+        then = "restarting all workers from the last checkpoint" if self._left else "no restart is left"
+        self._left -= 1
+        self._board.push.remote([{"kind": "remark", "text": f"worker {rank} failed ({_gist(error)}); {then}"}])
 
 
 def first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
@@ -336,20 +341,17 @@ class _Sender:
 
     def _carry(self) -> None:
         assert self._run_dir is not None
-        journal = Journal(self._run_dir)
-        while not (self._done.wait(FLUSH_S) and self._waiting.empty()):
-            if records := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
-                self._deliver(records, journal)
-                for _ in records:
-                    self._waiting.task_done()
-        journal.close()
+        with Journal(self._run_dir) as journal:
+            while not (self._done.wait(FLUSH_S) and self._waiting.empty()):
+                if records := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
+                    self._deliver(records, journal)
+                    for _ in records:
+                        self._waiting.task_done()
 
     def _deliver(self, records: list[worker.Record], journal: Journal) -> None:
         """A journal that cannot be written, or a driver that is gone, must not stop the training."""
-        try:
-            journal.take(records)
-        except OSError as error:
-            records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {error.strerror}"}]
+        if (problem := journal.take(records)) is not None:
+            records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {problem}"}]
         with contextlib.suppress(ray.exceptions.RayError):
             self._board.push.remote(records)
 
@@ -361,7 +363,8 @@ def _relayed(board: Any, display: Display) -> Iterator[None]:
 
     def relay() -> None:
         while not done.wait(FLUSH_S):
-            show(ray.get(board.drain.remote()))
+            with contextlib.suppress(ray.exceptions.RayError):
+                show(ray.get(board.drain.remote(), timeout=10))
 
     def show(records: list[worker.Record]) -> None:
         for record in records:

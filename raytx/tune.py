@@ -40,7 +40,7 @@ from raytx.files import digest, read_json, write_json, write_text
 from raytx.plan import resolve
 from raytx.prepare import prepare
 from raytx.recipe import Recipe, load, parse
-from raytx.run import differences
+from raytx.run import PLAN, differences, lock
 
 SAMPLERS = {
     "uniform": "[low, high]",
@@ -104,9 +104,10 @@ def tune(
     search = Search(recipe)
     search.check()
     if (done := search.read()) is None:
-        cluster.connect(address, verbose=verbose)
-        with _quiet(verbose=verbose):
-            done = search.run(console)
+        with lock(search.directory):
+            cluster.connect(address, verbose=verbose)
+            with _quiet(verbose=verbose):
+                done = search.run(console)
     console.print(done.table())
     console.print(f"best: {done.metric} {done.metrics[done.metric]:.6g}\n{done.best}", highlight=False)
     console.print(f"train it with\n  raytx train {shlex.quote(str(done.best))}", highlight=False)
@@ -188,7 +189,12 @@ class Search:
         path = self.directory / "recipe.yaml"
         if not path.is_file():
             return
-        earlier, now = _identity(load(path)), _identity(self.recipe)
+        recipe = load(path)
+        if recipe.search is None or (self.directory / PLAN).is_file():
+            raise RecipeError(
+                f"{self.recipe.name!r} in {self.directory} is a training run; give the search another name (name=...)"
+            )
+        earlier, now = _identity(recipe), _identity(self.recipe)
         if digest(earlier) != digest(now):
             changed = differences(earlier, now)
             lines = "\n".join(f"  {key}: {old!r} in the search, {new!r} now" for key, (old, new) in changed.items())

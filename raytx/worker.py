@@ -73,7 +73,9 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
     """Load the newest complete checkpoint into the engine, the same on every rank; a fresh state when there is none."""
     found = None
     if session.rank == 0:
-        found = checkpoint.newest(plan.run_dir, tell=lambda text: session.log({"kind": "remark", "text": text}))
+        found = checkpoint.newest(
+            plan.run_dir, tell=lambda text: session.log({"kind": "remark", "text": text}), set_aside=True
+        )
     directory = engine.gather(str(found.directory) if found else None)[0]
     if directory is None:
         return State()
@@ -81,7 +83,12 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
     engine.load_tensors(source.read, step=source.step)
     if session.rank == 0:
         session.log({"kind": "resumed", "step": source.step, "checkpoint": source.directory.name})
-    return source.state
+    state = source.state
+    return state if state.metric == _metric(plan) else replace(state, metric=None, best=None, best_step=None)
+
+
+def _metric(plan: Plan) -> str:
+    return f"{plan.metric} {plan.metric_mode}"
 
 
 class _Loop:
@@ -129,7 +136,7 @@ class _Loop:
                 {"kind": "step", "step": step, "epoch": round(step / (self.plan.steps_per_epoch or 1), 4), **metrics}
                 | {"lr": lr, "tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds, "seconds": seconds}
             )
-        return replace(state, step=step, seconds=state.seconds + seconds)
+        return replace(state, step=step, metrics={}, seconds=state.seconds + seconds)
 
     def evaluate(self, state: State) -> State:
         """Measure the held-out split; remember the best."""
@@ -143,7 +150,7 @@ class _Loop:
         self.session.report({"step": state.step, "epoch": epoch, **metrics})
         value = metrics[self.plan.metric]
         if self.plan.better(value, state.best):
-            state = replace(state, best=value, best_step=state.step)
+            state = replace(state, best=value, best_step=state.step, metric=_metric(self.plan))
         return replace(state, metrics=metrics)
 
     def save(self, state: State) -> None:

@@ -113,7 +113,7 @@ def test_an_empty_dataset_is_refused(raytx, recipe, tmp_path):
     code, text = raytx("train", path)
     assert code == 2, text
     assert "Traceback" not in text
-    assert not list((tmp_path / "runs" / "cache").glob("*")) if (tmp_path / "runs" / "cache").exists() else True
+    assert not list((tmp_path / "runs" / ".cache").glob("*")) if (tmp_path / "runs" / ".cache").exists() else True
 
 
 def test_data_without_any_target_is_refused(raytx, recipe, tmp_path):
@@ -128,6 +128,12 @@ def test_a_batch_that_does_not_divide_says_what_would(raytx, recipe):
 
 def test_a_strategy_that_cannot_use_the_workers_says_so(raytx, recipe):
     refused(raytx("plan", recipe(), "scaling.num_workers=2"), "single", "num_workers is 2")
+
+
+def test_bf16_under_stage_0_and_a_warmup_longer_than_training_are_refused(raytx, recipe):
+    path = recipe(strategy={"type": "deepspeed", "stage": 0})
+    refused(raytx("plan", path, "train.precision=bf16"), "stage 0 keeps no fp32 masters", "stage 1")
+    refused(raytx("plan", path, "optim.warmup=2"), "optim.warmup=2 steps, but training has 2")
 
 
 def test_memory_that_does_not_suffice_is_refused_with_both_numbers(raytx, recipe):

@@ -16,10 +16,8 @@ def step(number, loss=1.0):
 def test_a_resumed_attempt_replaces_the_rows_it_does_again(tmp_path):
     first = Journal(tmp_path)
     first.take([{"kind": "started", "step": 0}, *(step(n) for n in range(1, 6))])
-    first.close()
     second = Journal(tmp_path)
     second.take([{"kind": "resumed", "step": 3, "checkpoint": "step-3"}, *(step(n, 2.0) for n in range(4, 7))])
-    second.close()
     found = [(row["step"], row["loss"]) for row in rows(tmp_path / METRICS) if row["kind"] == "step"]
     assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
 
@@ -28,14 +26,12 @@ def test_a_fresh_start_forgets_everything(tmp_path):
     for _ in range(2):
         journal = Journal(tmp_path)
         journal.take([{"kind": "started", "step": 0}, step(1), step(2)])
-        journal.close()
     assert [row["step"] for row in rows(tmp_path / METRICS) if row["kind"] == "step"] == [1, 2]
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     journal = Journal(tmp_path)
     journal.take([step(1)])
-    journal.close()
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"kind": "step", "st')
     assert [row["step"] for row in rows(tmp_path / METRICS)] == [1]
@@ -46,10 +42,9 @@ def test_tensorboard_reads_one_value_a_step(tmp_path):
 
     journal = Journal(tmp_path)
     journal.take([{"kind": "started", "step": 0}, *(step(n) for n in range(1, 6))])
-    journal.close()
     journal = Journal(tmp_path)
     journal.take([{"kind": "resumed", "step": 3, "checkpoint": "c"}, *(step(n, 2.0) for n in range(4, 7))])
-    journal.close()
+    journal._events.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
@@ -65,3 +60,10 @@ def test_the_display_shows_loss_speed_and_time_left_and_never_reads_markup():
     assert "ETA 0:00" in words.getvalue()
     assert "held-out: loss 0.5000" in words.getvalue()
     assert "[/tmp/pair.cc:5] closed" in words.getvalue()
+
+
+def test_a_record_that_cannot_be_written_is_told_and_the_next_one_is_written(tmp_path):
+    journal = Journal(tmp_path)
+    assert "not JSON serializable" in journal.take([{"kind": "eval", "step": 1, "loss": object()}])
+    assert journal.take([step(2)]) is None
+    assert [row["step"] for row in rows(tmp_path / METRICS)] == [2]

@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         self._ranks = plan.layout.data_parallel_size
         self._accumulation = plan.gradient_accumulation_steps
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._sharded = stage > 0 or plan.recipe.train.precision == "bf16"
+        self._sharded = stage > 0
         """Whether DeepSpeed holds fp32 masters apart from the module's parameters."""
         self._norm = 0.0
         if self._sharded:
@@ -143,7 +143,9 @@ class DeepSpeedEngine:
         return self._base().state[parameter].get(part, torch.zeros_like(parameter))
 
     def _mine(self, tensor: torch.Tensor) -> np.ndarray | None:
-        return tensor.detach().float().cpu().numpy() if self._rank == 0 else None
+        if self._rank != 0:
+            return None
+        return (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
 
     def load_tensors(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:
         if self._sharded:

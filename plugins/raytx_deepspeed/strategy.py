@@ -11,6 +11,7 @@ from raytx.layout import Layout
 
 if TYPE_CHECKING:
     from raytx.plan import Plan
+    from raytx.recipe import Recipe
 
 
 class DeepSpeed(StrategyConfig):
@@ -23,6 +24,11 @@ class DeepSpeed(StrategyConfig):
     """Elements reduced at a time; smaller takes less memory, larger fewer messages."""
     persistence_threshold: int = Field(100_000, ge=0)
     """Stage 3 keeps parameters up to this many elements whole on every rank."""
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        if self.stage == 0 and recipe.train.precision == "bf16":
+            return "stage 0 keeps no fp32 masters under bf16; use stage 1, or type ddp, which autocasts"
+        return None
 
     def shares(self, layout: Layout) -> Shares:
         ranks = layout.data_parallel_size

@@ -11,12 +11,16 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from raytx.errors import CheckpointError, RecipeError
+from raytx.files import digest
 from raytx.tasks.base import Row, Runner, Task
 from raytx_hf import adapter
 from raytx_hf.architecture import auto_class, base_config, from_config, from_pretrained
+from raytx_hf.causality import check_causality
 from raytx_hf.packing import check_packing
+from raytx_hf.places import hashes
 from raytx_hf.runner import TorchRunner
 from raytx_hf.tokenizer import fitted, opened
+from raytx_hf.trust import refusing_code, trusted
 
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
@@ -28,10 +32,16 @@ class HFBody:
     def __init__(self, config: HFModel) -> None:
         self.config = config
 
+    def fingerprint(self) -> str:
+        """Return a name of the local files that the processor is made from; hub names and revisions say the rest."""
+        return digest({key: hashes(place) for key, place in self.config.places().items()})
+
     def fit(self, rows: Callable[[], Iterator[Row]], directory: Path, *, max_length: int) -> None:
         config = base_config(self.config)
-        if self.config.task == "causal-lm" and self.config.packing:
-            check_packing(self.config, config)
+        if self.config.task == "causal-lm":
+            check_causality(self.config, config)
+            if self.config.packing:
+                check_packing(self.config, config)
         tokenizer = fitted(self.config, rows, config.get_text_config())
         _complete(tokenizer, task=self.config.task)
         _check_vocabulary(config, tokenizer)
@@ -47,7 +57,8 @@ class HFBody:
         return {"packing": self.config.packing, "context_length": _context_length(config) or 0}
 
     def task(self, directory: Path) -> Task:
-        tokenizer = opened(directory, local_files_only=True, trust_remote_code=self.config.trust_remote_code)
+        with refusing_code(directory):
+            tokenizer = opened(directory, local_files_only=True, trust_remote_code=trusted())
         return self.config.task_class().load(directory, tokenizer)
 
     def module(self, directory: Path, *, seed: int = 0, activation_checkpointing: bool = False) -> Any:
@@ -86,29 +97,36 @@ class HFBody:
 
     def load(self, directory: Path) -> Any:
         auto = auto_class(self.config.task)
-        return auto.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=self.config.trust_remote_code,
-        ).eval()
+        options = {"local_files_only": True, "trust_remote_code": trusted(), "use_safetensors": True}
+        with refusing_code(directory):
+            return auto.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
     def skeleton(self, directory: Path) -> Any:
-        trust = self.config.trust_remote_code
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
-        return from_config(self.config, config).eval()
+        with refusing_code(directory):
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
+        opening = {"trust_remote_code": trusted(), "attn_implementation": None}
+        return from_config(self.config.model_copy(update=opening), config).eval()
 
     def assign(self, module: Any, tensors: Mapping[str, np.ndarray]) -> None:
-        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        if missing := sorted(trained.keys() - tensors.keys()):
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if missing := sorted(trained - tensors.keys()):
             raise CheckpointError(f"the checkpoint lacks {len(missing)} trained parameters, {missing[0]!r} for one")
+        state = module.state_dict()  # parameters and persistent buffers, sharing the module's memory
+        if unknown := sorted(tensors.keys() - state.keys()):
+            raise CheckpointError(f"the model has no {unknown[0]!r}, one of {len(unknown)} such in the checkpoint")
         with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(torch.from_numpy(np.asarray(tensors[name])))
+            for name in tensors:
+                _copy(name, torch.from_numpy(np.asarray(tensors[name])), into=state[name])
 
     def runner(self, module: Any) -> Runner:
         return TorchRunner(module)
+
+
+def _copy(name: str, value: torch.Tensor, *, into: torch.Tensor) -> None:
+    """Copy a value, which takes the dtype of its place; copy_ alone would spread a smaller one over it."""
+    if value.shape != into.shape:
+        raise CheckpointError(f"{name!r} is {tuple(value.shape)} in the checkpoint, {tuple(into.shape)} in the model")
+    into.copy_(value)
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, *, task: str) -> None:

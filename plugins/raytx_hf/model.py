@@ -11,6 +11,7 @@ from raytx.components import Model, ModelConfig, ModelSize
 from raytx.errors import did_you_mean
 from raytx.sections import Section
 from raytx.tasks import TASKS, Task
+from raytx_hf.places import is_local
 
 
 class TrainedTokenizer(Section):
@@ -58,7 +59,8 @@ class HFModel(ModelConfig):
     attn_implementation: str | None = None
     """Attention kernel: sdpa, eager, flash_attention_2...; null lets transformers choose."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model or tokenizer. Only for authors you trust."""
+    """Run Python code that comes with path or tokenizer. Only for authors you trust. Opening what was prepared or
+    exported runs no code whatever is said here, unless RAYTX_TRUST_REMOTE_CODE=1 is set where it is opened."""
 
     @field_validator("task")
     @classmethod
@@ -70,7 +72,7 @@ class HFModel(ModelConfig):
     @field_validator("config")
     @classmethod
     def _typed_config(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
-        if config is not None and "model_type" not in config:
+        if config is not None and not isinstance(config.get("model_type"), str):
             raise ValueError("must name its architecture: {model_type: llama, ...}")
         return config
 
@@ -102,10 +104,9 @@ class HFModel(ModelConfig):
         return HFBody(self)
 
     def local_files(self) -> Iterable[tuple[str, str]]:
+        return ((key, place) for key, place in self.places().items() if is_local(place))
+
+    def places(self) -> dict[str, str]:
+        """Return the names and directories that the model and its tokenizer come from, by field."""
         places = {"path": self.path, "tokenizer": self.tokenizer}
-        return ((key, place) for key, place in places.items() if isinstance(place, str) and _is_path(place))
-
-
-def _is_path(place: str) -> bool:
-    """Tell a directory from a hub name, which is `name` or `owner/name`."""
-    return place.startswith((".", "/", "~")) or place.count("/") > 1
+        return {key: place for key, place in places.items() if isinstance(place, str)}

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from raytx_hf.model import HFModel, TrainedTokenizer
 
 END = "<|endoftext|>"
+INSIDE = "##"
+"""Marks a piece that goes on with a word."""
 TEXT_COLUMNS = ("text", "text_pair")
+
+Texts = Callable[[], Iterator[str]]
+"""Reads the training texts from the first on, as often as it is called."""
 
 
 def fitted(model: HFModel, rows: Callable[[], Iterator[Row]], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -25,7 +30,7 @@ def fitted(model: HFModel, rows: Callable[[], Iterator[Row]], config: PreTrained
     asked = model.tokenizer if model.tokenizer is not None else model.path
     assert asked is not None
     if not isinstance(asked, str):
-        return _train(asked, _texts(rows), config, task=model.task)
+        return _train(asked, lambda: _texts(rows), config, task=model.task)
     revision = model.revision if asked == model.path else None
     try:
         return opened(expanded(asked), revision=revision or "main", trust_remote_code=model.trust_remote_code)
@@ -42,17 +47,13 @@ def _texts(rows: Callable[[], Iterator[Row]]) -> Iterator[str]:
         yield from (row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), str) and row[column])
 
 
-def _train(
-    asked: TrainedTokenizer, texts: Iterator[str], config: PreTrainedConfig, *, task: str
-) -> PreTrainedTokenizerBase:
-    """Train a tokenizer. The same texts in the same order give the same one."""
-    first = next(texts, None)
-    if first is None:
+def _train(asked: TrainedTokenizer, texts: Texts, config: PreTrainedConfig, *, task: str) -> PreTrainedTokenizerBase:
+    """Train a tokenizer. The same texts, in whatever process, give the same one to the byte."""
+    if next(texts(), None) is None:
         raise DataError("no row has text to train the tokenizer on")
     special = _special_tokens(asked.train, task)
-    make = {"bpe": _bpe, "wordpiece": _wordpiece}[asked.train]
-    tokenizer, trainer = make(asked.vocab_size or config.vocab_size, list(special.values()))
-    tokenizer.train_from_iterator(_chain(first, texts), trainer=trainer)
+    train = {"bpe": _bpe, "wordpiece": _wordpiece}[asked.train]
+    tokenizer = train(texts, asked.vocab_size or config.vocab_size, _unique(list(special.values())))
     if task != "causal-lm":
         tokenizer.post_processor = _template(tokenizer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=_input_names(config), **special)
@@ -73,29 +74,53 @@ def _special_tokens(algorithm: str, task: str) -> dict[str, str]:
     return special if algorithm == "bpe" else special | {"unk_token": "[UNK]"}
 
 
-def _bpe(vocab_size: int, special: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
+def _bpe(texts: Texts, vocab_size: int, special: list[str]) -> Tokenizer:
     """Byte-level BPE (Radford et al. 2019)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(alphabet) + len(set(special))
+    least = len(alphabet) + len(special)
     if vocab_size < least:
         raise RecipeError(f"model.tokenizer.vocab_size={vocab_size}: byte-level BPE needs at least {least}")
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=_unique(special), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    return tokenizer, trainer
+    tokenizer.train_from_iterator(texts(), trainer=trainer)
+    return tokenizer
 
 
-def _wordpiece(vocab_size: int, special: list[str]) -> tuple[Tokenizer, trainers.Trainer]:
-    """WordPiece as BERT has it (Devlin et al. 2018): lower case, Chinese characters one by one."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def _wordpiece(texts: Texts, vocab_size: int, special: list[str]) -> Tokenizer:
+    """WordPiece as BERT has it (Devlin et al. 2018).
+
+    The trainer numbers the pieces inside words (##a, ##b) as it meets them in a hash map, another way in each process,
+    and decides between equally frequent merges by these numbers. So the pieces are found first and given in order, as
+    if they were special, and the vocabulary learned from there becomes that of a tokenizer where they are not.
+    """
+    characters = _learned(texts, 0, special)
+    pieces = sorted(token for token in characters if token.startswith(INSIDE) and token not in special)
+    tokenizer = _words(_learned(texts, vocab_size, special + pieces))
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _learned(texts: Texts, vocab_size: int, given: list[str]) -> dict[str, int]:
+    """Return the WordPiece vocabulary of so many tokens, or of every character's where these are more."""
+    tokenizer = _words({})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=given, continuing_subword_prefix=INSIDE, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(), trainer=trainer)
+    return tokenizer.get_vocab()
+
+
+def _words(vocabulary: dict[str, int]) -> Tokenizer:
+    """Return a WordPiece tokenizer that reads as BERT's: lower case, Chinese characters one by one."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=_unique(special), show_progress=False)
-    return tokenizer, trainer
+    return tokenizer
 
 
 def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
@@ -107,8 +132,3 @@ def _template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
 
 def _unique(tokens: list[str]) -> list[str]:
     return list(dict.fromkeys(tokens))
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -59,11 +60,17 @@ class DecoderConfig(ModelConfig):
     def build(self) -> Model:
         return self._hf().build()
 
+    def local_files(self) -> Iterable[tuple[str, str]]:
+        return self._component().local_files()
+
     def _hf(self) -> ModelConfig:
         """Register the architecture and return the Hugging Face component that trains it."""
         from raytx_torch import decoder_model
 
         decoder_model.register()
+        return self._component()
+
+    def _component(self) -> ModelConfig:
         own = {"type", "tokenizer", "packing"}
         config = {"model_type": "raytx_decoder"} | self.model_dump(exclude=own)
         tokenizer: Any = self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.model_dump()

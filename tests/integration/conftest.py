@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from raytx import worker
 from raytx.plan import Plan, resolve
 from raytx.prepare import prepare
 from raytx.recipe import Recipe, parse
@@ -64,6 +65,18 @@ def recipe(corpus: Path, storage: Path) -> Callable[..., Recipe]:
         return parse(plain).override({key.replace("__", "."): value for key, value in values.items()})
 
     return make
+
+
+@pytest.fixture
+def train_here() -> Callable[..., tuple[worker.State, list[dict[str, Any]]]]:
+    """Train a recipe of one worker in this process; return the final state and what was logged."""
+
+    def run(recipe: Recipe) -> tuple[worker.State, list[dict[str, Any]]]:
+        log: list[dict[str, Any]] = []
+        session = worker.Session(rank=0, log=log.append, flush=lambda: None, report=lambda metrics: None)
+        return worker.train(prepared(recipe), session), log
+
+    return run
 
 
 def prepared(recipe: Recipe) -> Plan:

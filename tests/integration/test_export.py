@@ -124,6 +124,14 @@ def test_an_artifact_with_a_changed_file_is_refused_and_the_file_named(artifacts
         open_artifact(copy)
 
 
+def test_an_artifact_with_an_added_file_is_refused_and_the_file_named(artifacts, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts["hf"], copy)
+    (copy / "modeling_evil.py").write_text("raise SystemExit")
+    with pytest.raises(ArtifactError, match=r"modeling_evil\.py: not in the manifest"):
+        open_artifact(copy)
+
+
 def test_an_artifact_whose_answers_changed_is_refused(artifacts, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(artifacts["hf"], copy)

@@ -64,13 +64,13 @@ def test_a_second_preparation_finds_the_first(table, tmp_path):
     assert (second.directory / "train.arrow").stat().st_mtime_ns == stamp
     _, other, _ = prepared(table([*GOOD, {"text": "one more", "label": 1}]))
     assert other.directory != first.directory
-    assert not list((tmp_path / "runs" / "cache").glob(".*"))
+    assert not list((tmp_path / "runs" / ".cache").glob(".*"))
 
 
 def test_a_failed_preparation_leaves_nothing(table, tmp_path):
     with pytest.raises(DataError):
         prepared(table([{"text": "only", "label": 1}] * 5))
-    assert not list((tmp_path / "runs" / "cache").iterdir())
+    assert not list((tmp_path / "runs" / ".cache").iterdir())
 
 
 def test_a_label_only_the_held_out_split_has_is_reported(table, tmp_path):

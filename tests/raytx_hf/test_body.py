@@ -200,3 +200,92 @@ def test_assign_copies_every_trained_weight_and_misses_none(tiny: Any, tmp_path:
     weights.popitem()
     with pytest.raises(CheckpointError, match="lacks 1 trained parameter"):
         model.assign(other, weights)
+
+
+def test_assign_takes_buffers_along_in_their_own_dtype(tiny: Any, tmp_path: Path) -> None:
+    model = tiny.prepared(tiny.causal["gpt2"], tmp_path)
+    one, other = model.module(tmp_path), model.module(tmp_path, seed=1)
+    for module, count in ((one, 7), (other, 0)):
+        module.lm_head.register_buffer("seen", torch.tensor(count))
+        module.lm_head.register_buffer("scale", torch.full((3,), float(count)))
+        module.transformer.wte.weight.requires_grad_(False)
+    weights = {name: value.detach().float().numpy().copy() for name, value in one.state_dict().items()}
+    model.assign(other, weights)
+    assert (other.lm_head.seen.dtype, int(other.lm_head.seen)) == (torch.int64, 7)
+    assert torch.equal(other.lm_head.scale, one.lm_head.scale)
+    assert torch.equal(other.transformer.wte.weight, one.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.h.9.ln_1.weight": np.ones(32, np.float32)}, r"has no 'transformer\.h\.9\.ln_1\.weight'"),
+        ({"transformer.ln_f.weight": np.ones(1, np.float32)}, r"is \(1,\) in the checkpoint, \(32,\) in the model"),
+    ],
+)
+def test_assign_refuses_what_the_model_cannot_hold(tiny: Any, change: Any, message: str, tmp_path: Path) -> None:
+    model = tiny.prepared(tiny.causal["gpt2"], tmp_path)
+    module = model.module(tmp_path)
+    weights = {name: p.detach().numpy().copy() for name, p in module.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        model.assign(module, weights | change)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": [1]},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": None},
+        {"vocab_size": -5},
+        {"vocab_size": "many"},
+        {"hidden_act": "nothing"},
+        {"hidden_act": [1]},
+        {"rope_parameters": 3},
+        {"intermediate_size": {}},
+    ],
+)
+def test_a_config_value_that_cannot_be_is_a_recipe_error(tiny: Any, wrong: dict[str, Any]) -> None:
+    component = {**tiny.causal["llama"], "config": tiny.llama | wrong}
+    with pytest.raises(RecipeError, match="model"):
+        registry().parse("model", component).size()
+
+
+def _fingerprint(component: dict[str, Any]) -> str:
+    return registry().parse("model", component).build().fingerprint()
+
+
+def test_the_fingerprint_follows_a_local_tokenizer_but_not_weights(tiny: Any, tmp_path: Path) -> None:
+    made = tiny.prepared(tiny.causal["llama"], tmp_path / "made")
+    made.module(tmp_path / "made").save_pretrained(tmp_path / "made")
+    component = {"type": "hf", "task": "causal-lm", "path": str(tmp_path / "made")}
+    first = _fingerprint(component)
+    with open(tmp_path / "made/model.safetensors", "ab") as file:
+        file.write(b"0")
+    assert _fingerprint(component) == first
+    with open(tmp_path / "made/tokenizer.json", "a") as file:
+        file.write("\n")
+    assert _fingerprint(component) != first
+
+
+@pytest.mark.parametrize("family", ["llama", "decoder"])
+def test_one_relative_path_in_two_directories_has_two_fingerprints(
+    family: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prints = set()
+    for name in ("one", "other"):
+        (tmp_path / name / "words").mkdir(parents=True)
+        (tmp_path / name / "words/tokenizer.json").write_text(name)
+        monkeypatch.chdir(tmp_path / name)
+        component = {**tiny.causal[family], "tokenizer": "words"}
+        assert list(registry().parse("model", component).local_files()) == [("tokenizer", "words")]
+        prints.add(_fingerprint(component))
+    assert len(prints) == 2
+
+
+def test_names_on_the_hub_and_trained_tokenizers_have_no_files_to_follow(tiny: Any) -> None:
+    hub = {"type": "hf", "task": "causal-lm", "path": "owner/name"}
+    assert _fingerprint(hub) == _fingerprint({**hub, "path": "owner/other"})
+    assert _fingerprint(tiny.causal["llama"]) == _fingerprint(tiny.causal["decoder"])

@@ -22,6 +22,8 @@ def _parse(**fields: Any) -> Any:
         ({"task": "causal-lm"}, "give either path"),
         ({"task": "causal-lm", "path": "gpt2", "config": {"model_type": "gpt2"}}, "give either path"),
         ({"task": "causal-lm", "config": {"hidden_size": 8}, "tokenizer": "gpt2"}, "must name its architecture"),
+        ({"task": "causal-lm", "config": {"model_type": [1]}, "tokenizer": "gpt2"}, "must name its architecture"),
+        ({"task": "causal-lm", "config": {"model_type": None}, "tokenizer": "gpt2"}, "must name its architecture"),
         ({"task": "causal-lm", "config": {"model_type": "gpt2"}}, "has no tokenizer"),
         ({"task": "causal-lm", "path": "gpt2", "adapter": {"type": "lora", "rank": 8}}, "rank"),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from raytx.tasks.decoding import decode
@@ -63,3 +65,36 @@ def test_logits_are_float32_numpy_and_leave_the_training_mode_as_it_was(causal: 
     assert isinstance(logits, np.ndarray)
     assert (logits.dtype, logits.shape) == (np.float32, (1, 2, 320))
     assert module.training
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "openai-gpt", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "vocab_size": 320},
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 320},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_an_architecture_without_a_cache_reads_the_whole_sequence_again(
+    config: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    fields = {"task": "causal-lm", "config": config, "tokenizer": {"train": "bpe"}, "packing": False}
+    model = tiny.prepared({"type": "hf", **fields}, tmp_path, max_length=16)
+    runner = model.runner(model.module(tmp_path))
+    cache, first = runner.prefill([[5, 6, 7], [8]])
+    cache, second = runner.step(cache, np.array([9, 10]))
+    for row, sequence in enumerate(([5, 6, 7, 9], [8, 10])):
+        whole = runner.logits({"input_ids": np.array([sequence])})[0]
+        assert np.abs(whole[-2] - first[row]).max() <= 1e-5
+        assert np.abs(whole[-1] - second[row]).max() <= 1e-5
+
+
+def test_reading_again_forgets_what_lies_before_the_context(tiny: Any, tmp_path: Path) -> None:
+    config = {"model_type": "openai-gpt", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 8, "vocab_size": 320}
+    fields = {"task": "causal-lm", "config": config, "tokenizer": {"train": "bpe"}, "packing": False}
+    model = tiny.prepared({"type": "hf", **fields}, tmp_path, max_length=8)
+    runner = model.runner(model.module(tmp_path))
+    cache, _ = runner.prefill([list(range(5, 13))])
+    _, logits = runner.step(cache, np.array([20]))
+    whole = runner.logits({"input_ids": np.array([[*range(6, 13), 20]])})[0]
+    assert np.abs(whole[-1] - logits[0]).max() <= 1e-5

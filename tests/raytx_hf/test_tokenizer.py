@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,43 @@ def test_byte_level_bpe_spells_any_text_back(tiny: Any, tmp_path: Path) -> None:
     assert len(tokenizer) <= 320
 
 
-def test_the_same_rows_train_the_same_tokenizer(tiny: Any, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        tiny.prepared(tiny.causal["llama"], tmp_path / name)
-    assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "other/tokenizer.json").read_bytes()
+TRAIN = """
+import sys
+from pathlib import Path
+from raytx.registry import registry
+
+config = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+          "num_attention_heads": 4, "vocab_size": 1000, "is_decoder": sys.argv[1] == "causal-lm"}
+fields = {"task": sys.argv[1], "config": config, "tokenizer": {"train": sys.argv[2], "vocab_size": int(sys.argv[3])}}
+rows = lambda: ({"text": line, "label": str(n % 2)} for n, line in enumerate(Path(sys.argv[4]).read_text().split("\\n")))
+model = registry().parse("model", {"type": "hf", "packing": False, **fields}).build()
+model.fit(rows, Path(sys.argv[5]), max_length=32)
+"""
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize(("algorithm", "size"), [("bpe", 600), ("wordpiece", 173), ("wordpiece", 600)])
+def test_the_same_rows_train_the_same_tokenizer_in_every_process(
+    task: str, algorithm: str, size: int, tmp_path: Path
+) -> None:
+    """Many merges are equally frequent in this text; a vocabulary cut off among them shows who decides."""
+    (tmp_path / "text").write_text(Path(argparse.__file__).read_text() + "naïve 酒店很好\n")
+    written = set()
+    for name in ("one", "other", "third"):
+        (tmp_path / name).mkdir()
+        given = [task, algorithm, str(size), str(tmp_path / "text"), str(tmp_path / name)]
+        subprocess.run([sys.executable, "-c", TRAIN, *given], check=True)
+        written.add(b"".join(path.read_bytes() for path in sorted((tmp_path / name).iterdir())))
+    assert len(written) == 1
+
+
+def test_wordpiece_learns_pieces_that_are_words_like_any_other(tiny: Any, tmp_path: Path) -> None:
+    tokenizer = _task(tiny, tiny.classifier, tmp_path, rows=tiny.labelled_rows).tokenizer
+    assert len(tokenizer) <= 200
+    assert tokenizer.tokenize("The foxes ##s")[:1] == ["the"]
+    assert tokenizer.tokenize("foxes ##s") == [*tokenizer.tokenize("foxes"), "[UNK]", "[UNK]", "s"]
+    assert set(tokenizer.get_added_vocab()) == {"[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"}
+    assert tokenizer.decode(tokenizer.encode("the lazy dog"), skip_special_tokens=True) == "the lazy dog"
 
 
 def test_a_classifiers_tokenizer_frames_texts_and_pairs(tiny: Any, tmp_path: Path) -> None:
