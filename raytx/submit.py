@@ -37,8 +37,8 @@ STOP = {
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
 }
-EXCLUDED = [".git/", ".venv/", "**/__pycache__/", "raytx-runs/", "*.safetensors"]
-"""Left out of the upload, besides what .gitignore names."""
+EXCLUDED = [".git", ".venv", "__pycache__", "raytx-runs", "*.safetensors"]
+"""Left out of the upload, besides what .gitignore names. A slash at the end would leave the directories in, empty."""
 SETUP_TIMEOUT_S = 900
 INTERRUPTED = 130
 """What a shell calls a command that Ctrl-C ended."""
@@ -183,7 +183,7 @@ def _uploaded(client: JobSubmissionClient, runtime_env: dict[str, Any]) -> dict[
         client._upload_working_dir_if_needed(runtime_env)
         client._upload_py_modules_if_needed(runtime_env)
     except Exception as error:
-        raise ResourceError(f"cannot be uploaded: {_last_line(error)}") from error
+        raise ResourceError(f"{runtime_env['working_dir']} cannot be uploaded: {_last_line(error)}") from error
     return runtime_env
 
 
@@ -210,9 +210,12 @@ def _stamped(wheel: Path, target: Path) -> Path:
 
     Ray takes a wheel's file name for its content: changed code of an unchanged version would never arrive.
     """
-    with zipfile.ZipFile(wheel) as archive:
-        content = digest({name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()})
-    name, version, *_, python, abi, platform = wheel.stem.split("-")
+    try:
+        name, version, *_, python, abi, platform = wheel.stem.split("-")
+        with zipfile.ZipFile(wheel) as archive:
+            content = digest({name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()})
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RaytxError(f"{wheel}: not a wheel that can be sent: {error}") from None
     return Path(shutil.copy(wheel, target / f"{name}-{version}-0{content}-{python}-{abi}-{platform}.whl"))
 
 
@@ -250,10 +253,10 @@ def _send(
     while (status := _status(client, f"{prefix}-{attempt}")) in (JobStatus.FAILED, JobStatus.STOPPED):
         attempt += 1
     job = f"{prefix}-{attempt}"
-    if status is JobStatus.SUCCEEDED:
+    if status == JobStatus.SUCCEEDED:
         console.print(
-            f"job {job} is there already: succeeded, with exactly this recipe, code and data. Nothing was started; what "
-            "follows is its log. To train anew, give the run another name (name=...)",
+            f"job {job} is there already: succeeded, with exactly this recipe, code and data. Nothing was started. "
+            "To train anew, give the run another name (name=...)",
             highlight=False,
             soft_wrap=True,
         )

@@ -113,6 +113,27 @@ def test_a_name_that_is_no_plain_directory_name_is_refused(name: str) -> None:
     assert "  name: " in mistakes({"name": name})
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"storage_path": "~nobody-here/runs"}, "  storage_path: the home directory '~nobody-here' is not known"),
+        ({"data": {"type": "text-files", "path": "~nobody-here/x"}}, "  data: path=~nobody-here/x: the home directory"),
+        (
+            {"model": {"type": "hf", "task": "causal-lm", "path": "~nobody-here/x"}},
+            "  model: path=~nobody-here/x: the home directory",
+        ),
+    ],
+)
+def test_a_path_in_the_home_of_nobody_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(PLAIN | change)
+    assert told in str(caught.value)
+
+
+def test_a_path_in_ones_own_home_stays_as_it_was_written() -> None:
+    assert parse(PLAIN | {"storage_path": "~/runs"}).storage_path == "~/runs"
+
+
 def test_yaml_and_python_recipes_are_equal_values(tmp_path: Path) -> None:
     text = "train: {steps: 5}\noptim: {lr: 2e-5}\nstrategy: {type: ddp, bucket_cap_mb: 5}\n"
     in_python = Recipe(

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ray.job_submission import JobStatus
+from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from raytx.errors import RaytxError, RecipeError, ResourceError
@@ -63,11 +64,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-class FakeClient:
-    """A job server that remembers what it was sent."""
+class FakeClient(JobSubmissionClient):  # type: ignore[misc]
+    """A job server that remembers what it was sent; what is uploaded gets its address from Ray itself."""
 
     def __init__(self, **jobs: JobStatus) -> None:
-        self.jobs, self.sent = dict(jobs), []
+        self.jobs, self.sent, self.uploads = dict(jobs), [], []
+
+    def _package_exists(self, package_uri: str) -> bool:
+        return package_uri in self.uploads
+
+    def _upload_package(self, package_uri: str, *args: Any, **kwargs: Any) -> None:
+        self.uploads.append(package_uri)
 
     def get_job_status(self, job: str) -> JobStatus:
         if job not in self.jobs:
@@ -76,6 +83,7 @@ class FakeClient:
 
     def submit_job(self, **job: Any) -> str:
         self.sent.append(job)
+        self.jobs[job["submission_id"]] = JobStatus.SUCCEEDED
         return str(job["submission_id"])
 
 
@@ -107,11 +115,100 @@ def test_after_failed_and_stopped_attempts_comes_the_next_one() -> None:
     assert send(client) == "job-0-3"
 
 
+# ------------------------------------------------------------------------------------------- what makes it the same
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    fake = FakeClient()
+    monkeypatch.setattr(submit, "_client", lambda address: fake)
+    return fake
+
+
+def submitted(client: FakeClient, **options: Any) -> str:
+    """Submit the project's recipe; return what was printed."""
+    console = Console(record=True, width=400, file=open(os.devnull, "w"))  # noqa: SIM115
+    submit.submit("recipe.yaml", wait=False, console=console, **options)
+    return console.export_text()
+
+
+def test_the_same_again_joins_the_job_that_succeeded_and_says_that_nothing_was_started(
+    project: Path, client: FakeClient
+) -> None:
+    submitted(client)
+    told = submitted(client)
+    assert len(client.sent) == len(client.uploads) == 1
+    assert "is there already: succeeded, with exactly this recipe, code and data. Nothing was started" in told
+
+
+@pytest.mark.parametrize("name", ["texts/a.txt", "metric.py"])
+def test_changed_data_or_code_in_what_is_uploaded_is_another_job(project: Path, client: FakeClient, name: str) -> None:
+    submitted(client)
+    (project / name).write_text("print('something else')")
+    assert "already" not in submitted(client)
+    assert len({job["submission_id"] for job in client.sent}) == 2
+
+
+def test_what_is_not_uploaded_does_not_make_another_job(project: Path, client: FakeClient) -> None:
+    (project / ".gitignore").write_text("*.log\n")
+    submitted(client)
+    (project / "raytx-runs").mkdir()
+    (project / "raytx-runs" / "metrics.jsonl").write_text("{}")
+    (project / "yesterday.log").write_text("a line")
+    (project / "__pycache__").mkdir()
+    assert "already" in submitted(client)
+    assert len(client.sent) == 1
+
+
+def test_other_overrides_are_another_job(project: Path, client: FakeClient) -> None:
+    submitted(client)
+    submitted(client, overrides=["optim.lr=1e-5"])
+    submitted(client, overrides=["train.steps=2"])  # as in the recipe, so the two recipes are equal
+    assert len({job["submission_id"] for job in client.sent}) == 3
+
+
+def test_a_changed_module_is_another_job(project: Path, client: FakeClient, tmp_path: Path) -> None:
+    module = tmp_path / "extra"
+    module.mkdir()
+    (module / "__init__.py").write_text("scale = 1")
+    submitted(client, py_modules=[module])
+    submitted(client, py_modules=[module])
+    assert len(client.sent) == 1
+    (module / "__init__.py").write_text("scale = 2")
+    submitted(client, py_modules=[module])
+    assert len({job["submission_id"] for job in client.sent}) == 2
+
+
+def test_a_plugin_whose_code_changed_but_not_its_version_is_uploaded_again_as_another_job(
+    project: Path, client: FakeClient, tmp_path: Path
+) -> None:
+    for code in ("scale = 1", "scale = 1", "scale = 2"):
+        submitted(client, py_modules=[make_wheel(tmp_path, code)])
+    (first,), (second,) = (job["runtime_env"]["py_modules"] for job in client.sent)
+    assert first != second
+    assert {first, second} <= set(client.uploads)
+    assert client.sent[0]["submission_id"] != client.sent[1]["submission_id"]
+
+
+def make_wheel(directory: Path, code: str) -> Path:
+    """Write a wheel whose name does not tell its content."""
+    wheel = directory / "extra-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("extra.py", code)
+    return wheel
+
+
+def test_a_module_that_is_no_wheel_is_refused_with_its_path(project: Path, client: FakeClient, tmp_path: Path) -> None:
+    (tmp_path / "extra-1.0-py3-none-any.whl").write_text("no archive")
+    with pytest.raises(RaytxError, match=r"extra-1\.0-py3-none-any\.whl: not a wheel that can be sent"):
+        submitted(client, py_modules=[tmp_path / "extra-1.0-py3-none-any.whl"])
+
+
 def test_a_job_stops_by_sigint_with_time_to_save(tmp_path: Path) -> None:
     environment = submit._runtime_env(tmp_path, [])
     assert environment["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
-    assert ".git/" in environment["excludes"]
+    assert ".git" in environment["excludes"]
     assert "py_modules" not in environment
 
 
@@ -255,7 +352,7 @@ def test_a_plugin_project_travels_as_a_wheel_and_is_found_by_its_entry_point(
     # Here the plugin is not installed, so this machine cannot check a recipe that names it: the job lists it instead.
     script = tmp_path / "project" / "raytx_probe.py"
     script.write_text("from raytx.registry import registry; print('found', sorted(registry().components['export']))")
-    wheel = submit._wheel(plugin, tmp_path)
+    wheel = submit._module(plugin, tmp_path)
     job = f"""
         import importlib, sys
         from pathlib import Path

@@ -221,6 +221,36 @@ def test_another_search_of_the_same_name_is_refused_with_the_keys(recipe: Recipe
     assert "train.steps: 6 in the search, 8 now" in str(caught.value)
 
 
+@pytest.mark.parametrize("searches_too", [False, True])
+def test_a_training_run_of_the_same_name_is_refused(recipe: Recipe, searches_too: bool) -> None:
+    """Whether or not the recipe that was trained has a search in it, which training ignores."""
+    directory = Path(recipe.storage_path) / recipe.name
+    directory.mkdir(parents=True)
+    (directory / "plan.json").write_text("{}")
+    (directory / "recipe.yaml").write_text((recipe if searches_too else recipe.override({"search": None})).to_yaml())
+    with pytest.raises(RecipeError, match=r"'hunt' in .* is a training run; give the search another name"):
+        tune.tune(recipe)
+
+
+def test_a_second_search_in_the_same_directory_is_refused_while_the_first_goes_on(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tune.Search, "run", lambda *args: tune.tune(recipe))  # the second, from within the first
+    with pytest.raises(ResourceError, match=r"'hunt' is in use by another process"):
+        tune.tune(recipe)
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_error(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda *args, **kwargs: pytest.fail("Ray was started"))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(ResourceError, match="storage_path: cannot write"):
+            tune.tune(recipe.override({"storage_path": str(tmp_path / place)}))
+
+
 def test_a_search_may_go_on_in_another_place_with_other_workers(recipe: Recipe) -> None:
     begun(recipe)
     tune.Search(recipe.override({"scaling.num_workers": 2, "search.max_concurrent": 1, "scaling.wait_s": 5})).check()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from raytx.tasks.base import Features
 
-
 Rows = list[list[int]]
 """The tokens of each sequence: all that is kept between steps of an architecture without a cache."""
 

@@ -170,6 +170,6 @@ def test_a_run_whose_data_changed_is_refused(recipe, corpus, tmp_path):
     "values", [{"save__keep": "best"}, {"evaluate__every": 2}, {"evaluate__metric": "perplexity"}], ids=str
 )
 def test_keys_that_need_held_out_samples_are_refused_where_there_are_none(recipe, values):
-    run = recipe("nothing-held-out", **values).override({"data.split": None})
+    run = recipe("nothing-held-out", **values).override({"data.split.test": 0.0})
     with pytest.raises(RaytxError, match="needs held-out samples"):
         prepare(resolve(run), Console(quiet=True))

@@ -33,7 +33,8 @@ from raytx.registry import registry
 config = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
           "num_attention_heads": 4, "vocab_size": 1000, "is_decoder": sys.argv[1] == "causal-lm"}
 fields = {"task": sys.argv[1], "config": config, "tokenizer": {"train": sys.argv[2], "vocab_size": int(sys.argv[3])}}
-rows = lambda: ({"text": line, "label": str(n % 2)} for n, line in enumerate(Path(sys.argv[4]).read_text().split("\\n")))
+lines = Path(sys.argv[4]).read_text().split("\\n")
+rows = lambda: ({"text": line, "label": str(n % 2)} for n, line in enumerate(lines))
 model = registry().parse("model", {"type": "hf", "packing": False, **fields}).build()
 model.fit(rows, Path(sys.argv[5]), max_length=32)
 """

@@ -1,0 +1,103 @@
+"""The recipe's own sections: which numbers they refuse, and which they take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytx import cli
+from raytx.errors import RecipeError
+from raytx.recipe import Recipe, apply, parse
+
+PLAIN: dict[str, Any] = {"name": "small", "model": {"type": "decoder"}, "data": {"type": "text-files"}}
+SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-3]}}
+INF, NAN = float("inf"), float("nan")
+
+
+def changed(changes: dict[str, Any]) -> Recipe:
+    return parse(apply(PLAIN, changes))
+
+
+@pytest.mark.parametrize("value", [INF, NAN, -INF])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "train.epochs",
+        "optim.lr",
+        "optim.weight_decay",
+        "optim.eps",
+        "optim.warmup",
+        "optim.max_grad_norm",
+        "scaling.wait_s",
+        "scaling.resources_per_worker.memory",
+        "serving.timeout_s",
+        "strategy.bucket_cap_mb",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_in_every_section_and_in_components(path: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=r"1 mistake\n .*should be a finite number, not -?(inf|nan)"):
+        changed({"strategy.type": "ddp", path: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("train.seed", -1, "train.seed: input should be greater than or equal to 0, not -1"),
+        ("train.seed", 2**32, "train.seed: input should be less than 4294967296"),
+        ("train.epochs", 1e7, "train.epochs: input should be less than or equal to 1000000"),
+        ("train.steps", 10**9, "train.steps: input should be less than 1000000000"),
+        (
+            "optim.warmup",
+            1.5,
+            "optim.warmup: must be a share of all steps below 1, or a whole number of steps, not 1.5",
+        ),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_with_the_bound(path: str, value: float, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        changed({path: value})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("train.seed", 2**32 - 1),
+        ("train.epochs", 1e6),
+        ("optim.warmup", 0.5),
+        ("optim.warmup", 1),
+        ("optim.warmup", 30),
+    ],
+)
+def test_a_number_at_its_bound_is_taken(path: str, value: float) -> None:
+    section, name = path.split(".")
+    assert getattr(getattr(changed({path: value}), section), name) == value
+
+
+@pytest.mark.parametrize("idle", [{"grace_period": 2}, {"reduction_factor": 4}])
+def test_settings_of_asha_are_refused_under_fifo(idle: dict[str, int]) -> None:
+    search = {"space": SPACE, "scheduler": "fifo", **idle}
+    with pytest.raises(RecipeError, match=f"search: {next(iter(idle))} would do nothing: scheduler fifo"):
+        changed({"search": search})
+    assert changed({"search": search | {"scheduler": "asha"}}).search is not None
+
+
+def test_a_search_under_fifo_survives_being_dumped_whole() -> None:
+    recipe = changed({"search": {"space": SPACE, "scheduler": "fifo"}})
+    assert parse(recipe.dump()) == recipe
+
+
+def test_endless_epochs_end_the_command_line_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: small\nmodel: {type: decoder}\ndata: {type: text-files}\n")
+    monkeypatch.setattr(sys, "argv", ["raytx", "plan", str(path), "train.epochs=.inf"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err == f"error {path}: 1 mistake\n  train.epochs: input should be a finite number, not inf\n"
