@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from raytx import __version__
 from raytx.components import ExportConfig
 from raytx.errors import ArtifactError
-from raytx.files import disagreements, inventory, read_json, sync_directory, write_json
+from raytx.files import disagreements, inventory, open_to_readers, read_json, sync_directory, write_json
 from raytx.plan import check_plugins
 from raytx.registry import registry
 from raytx.tasks.base import Features, Request, Response, Runner, Task
@@ -91,6 +91,7 @@ class Artifact:
 
 def publish(staging: Path, target: Path, artifact: Artifact) -> Path:
     """Complete a staged directory with its manifest and put it in place of the target, whole or not at all."""
+    open_to_readers(staging)
     files = inventory(staging, exclude=frozenset({MANIFEST}))
     write_json(staging / MANIFEST, asdict(artifact) | {"files": files})
     old = target.with_name(f".{target.name}.old")

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from raytx.artifact import GOLDEN, Golden
 from raytx.components import Engine, Part
 from raytx.errors import CheckpointError, TrainingError
-from raytx.files import disagreements, inventory, read_json, sync_directory, walk, write_json
+from raytx.files import disagreements, inventory, open_to_readers, read_json, sync_directory, walk, write_json
 from raytx.plan import Plan
 from raytx.tasks.base import Request
 
@@ -215,6 +215,7 @@ def _seal(staging: Path, target: Path, plan: Plan, state: State, golden: Golden,
     write_json(staging / "demo.json", demo)
     write_json(staging / "plan.json", plan.to_dict())
     write_json(staging / "state.json", asdict(state))
+    open_to_readers(staging)
     for path in walk(staging):
         _sync(path)
     write_json(staging / MANIFEST, {"format": FORMAT, "step": state.step, "files": inventory(staging)})

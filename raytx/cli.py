@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -101,6 +102,7 @@ def _starting(console: Console, verbose: bool) -> Iterator[None]:
     else:
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore", FutureWarning)
     with console.status("loading"):
         yield
 
@@ -190,8 +192,7 @@ def export(checkpoint: str) -> None:
         source = load(checkpoint).directory
         with lock(source.parent.parent):
             exported = run(source)
-    for remark in exported.remarks:
-        console.print(remark, highlight=False, markup=False)
+    exported.show(console)
 
 
 @commands.command()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from raytx import checkpoint
 from raytx.artifact import GOLDEN, Artifact, Golden, open_artifact, publish, read, replay
@@ -33,6 +35,20 @@ class Exported:
 
     artifacts: dict[str, Path]
     remarks: list[str]
+    samples: list[tuple[str, str]]
+    """What the first artifact answers to a few held-out requests: (request, response) as shown to a user."""
+
+    def show(self, console: Console) -> None:
+        for remark in self.remarks:
+            console.print(remark, highlight=False, markup=False, soft_wrap=True)
+        console.print("\n[bold]what it answers to held-out samples[/]")
+        for request, response in self.samples:
+            console.print(f"{_indented(request)}", style="dim", highlight=False, markup=False)
+            console.print(f"{_indented(response, '  > ')}\n", highlight=False, markup=False)
+
+
+def _indented(text: str, prefix: str = "    ") -> str:
+    return textwrap.indent(text, prefix, lambda line: True)
 
 
 def export(path: str | Path, plan: Plan | None = None) -> Exported:
@@ -61,7 +77,7 @@ def export(path: str | Path, plan: Plan | None = None) -> Exported:
         difference = _export_one(config, directory, source, plan, model, task, compressed)
         remarks.append(f"{config.type}: {directory}, golden outputs reproduced to {difference:.1e}")
     artifacts = {config.type: _place(config, source) for config in plan.recipe.export}
-    return Exported(artifacts, remarks + _demo(next(iter(artifacts.values())), source))
+    return Exported(artifacts, remarks, _demo(next(iter(artifacts.values())), source))
 
 
 def published(path: str | Path, plan: Plan) -> dict[str, Path] | None:
@@ -181,14 +197,12 @@ def _held_out(plan: Plan) -> Samples | None:
     return Samples.open(path) if path.is_file() else None
 
 
-def _demo(directory: Path, source: Checkpoint) -> list[str]:
+def _demo(directory: Path, source: Checkpoint) -> list[tuple[str, str]]:
     """Open the first artifact as a server would and let it answer a few held-out requests."""
     predictor = open_artifact(directory)
-    lines = []
-    for request, shown in source.demo:
-        (response,) = predictor.predict([request])
-        lines.append(f"{shown}\n    -> {predictor.task.show(response)!r}")
-    return lines
+    requests = [request for request, _ in source.demo]
+    answers = [predictor.task.show(predictor.predict([request])[0]) for request in requests]
+    return [(shown, answer) for (_, shown), answer in zip(source.demo, answers, strict=True)]
 
 
 def _compression_line(row: dict[str, Any]) -> str:
@@ -233,7 +247,7 @@ Save the recipe below as `recipe.yaml` and run `raytx train recipe.yaml` (raytx 
 depend on the workers used: {plan.world_size} x {recipe.strategy.type} here.
 
 ```yaml
-{recipe.to_yaml().strip()}
+{yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True).strip()}
 ```
 
 ## Serve

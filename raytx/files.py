@@ -64,6 +64,14 @@ def inventory(directory: Path, *, exclude: frozenset[str] = frozenset()) -> dict
     }
 
 
+def open_to_readers(directory: Path) -> None:
+    """Give every file the mode that the umask allows; safetensors creates its own readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in walk(directory):
+        path.chmod(0o666 & ~mask)
+
+
 def walk(directory: Path) -> Iterator[Path]:
     """Yield the files below a directory in a stable order."""
     return (path for path in sorted(directory.rglob("*")) if path.is_file())

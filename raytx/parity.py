@@ -62,6 +62,7 @@ def parity(
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "parity.json", [asdict(row) for row in table])
     console.print(_shown(table))
+    console.print(f"written to {run_dir / 'parity.json'}; the run's report shows it", highlight=False, soft_wrap=True)
     if far := [row.strategy for row in table if not max(row.loss, row.grad_norm) <= limit]:
         raise RaytxError(f"{', '.join(far)}: further than {limit:.0e} from {strategies[0]}; see the table above")
     return table
@@ -87,7 +88,9 @@ def _curve(recipe: Recipe, strategy: str, steps: int, address: str | None, verbo
     plan = resolve(_under(recipe, strategy, steps=steps))
     shutil.rmtree(plan.run_dir, ignore_errors=True)
     fit(plan, address=address, verbose=verbose, export=False)
-    return [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
+    curve = [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
+    shutil.rmtree(plan.run_dir)
+    return curve
 
 
 def _under(recipe: Recipe, strategy: str, *, steps: int) -> Recipe:

@@ -192,12 +192,15 @@ def _layout(recipe: Recipe) -> Layout:
 def _accumulation(recipe: Recipe, layout: Layout) -> int:
     """global batch = micro batch x accumulation x data-parallel ranks; what does not divide is refused."""
     micro, wanted, ranks = recipe.train.micro_batch_size, recipe.train.global_batch_size, layout.data_parallel_size
-    steps, rest = divmod(wanted, micro * ranks)
+    unit = micro * ranks
+    steps, rest = divmod(wanted, unit)
     if rest or not steps:
-        near = max(1, round(wanted / (micro * ranks))) * micro * ranks
+        near = " or ".join(str(multiple * unit) for multiple in (steps, steps + 1) if multiple)
+        smaller = [size for size in range(micro - 1, 0, -1) if wanted % (size * ranks) == 0]
+        also = f", or train.micro_batch_size={smaller[0]}" if smaller else ""
         raise RecipeError(
             f"train.global_batch_size={wanted} is no multiple of train.micro_batch_size={micro} x {ranks} "
-            f"data-parallel ranks = {micro * ranks}. Use {near}, or a micro_batch_size that divides {wanted / ranks:g}"
+            f"data-parallel ranks = {unit}. Use {near}{also}"
         )
     return steps
 

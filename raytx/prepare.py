@@ -94,8 +94,6 @@ def prepare(plan: Plan, console: Console) -> tuple[Plan, Prepared]:
         _make(plan, source, directory, console)
     prepared = Prepared(directory=directory, **read_json(directory / META))
     _check_held_out(plan, prepared.num_samples["test"])
-    for remark in prepared.remarks:
-        console.print(f"data: {remark}", style="yellow", highlight=False, markup=False)
     return plan.with_data(directory=directory, num_samples=prepared.num_samples["train"]), prepared
 
 
@@ -211,7 +209,8 @@ def _rejections(split: str, rejected: list[tuple[int, str]]) -> str:
     reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(r for _, r in rejected).most_common(5))
     shown = ", ".join(str(index) for index, _ in rejected[:REJECTED_SHOWN])
     more = " ..." if len(rejected) > REJECTED_SHOWN else ""
-    return f"{len(rejected)} rows of the {split} split were left out ({reasons}): rows {shown}{more}"
+    rows = "row" if len(rejected) == 1 else "rows"
+    return f"{len(rejected)} {rows} of the {split} split left out ({reasons}): {rows} {shown}{more}"
 
 
 def _write(features: Iterator[Features], path: Path) -> tuple[int, int]:

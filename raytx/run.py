@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raytx.errors import DataError, RecipeError, ResourceError
 from raytx.files import read_json, write_json, write_text
 from raytx.plan import Plan, identity
@@ -57,7 +59,8 @@ def record(plan: Plan) -> None:
     """Write down what is trained, and on what; refuse to go on with other data than the run has seen."""
     check_same_data(plan)
     write_json(plan.run_dir / PLAN, plan.to_dict())
-    write_text(plan.run_dir / "recipe.yaml", plan.recipe.to_yaml())
+    full = yaml.safe_dump(plan.recipe.dump(), sort_keys=False, allow_unicode=True)  # defaults may change, runs may not
+    write_text(plan.run_dir / "recipe.yaml", full)
     write_json(plan.run_dir / "environment.json", environment())
 
 

@@ -83,7 +83,9 @@ def fit(
         plan, prepared = prepare(plan, console)
         run.record(plan)
         _announce(plan, prepared, console)
-        if not _finished(plan):
+        if _finished(plan):
+            console.print(f"finished already, at step {plan.steps}; to train anew give it another name (name=...)")
+        else:
             _connect(plan, address, verbose, console)
             _run_workers(plan, callbacks, console)
         chosen = checkpoint.chosen(run_dir, plan)
@@ -131,8 +133,7 @@ def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
             raise RaytxError(
                 f"the process that exported {directory} died: {str(error).strip().splitlines()[0]}"
             ) from error
-    for remark in exported.remarks:
-        console.print(remark, highlight=False, markup=False)
+    exported.show(console)
     return exported.artifacts
 
 
@@ -142,14 +143,20 @@ def _announce(plan: Plan, prepared: Prepared, console: Console) -> None:
     name, values = prepared.baseline["name"], {k: v for k, v in prepared.baseline.items() if k != "name"}
     console.print(f"[bold]{recipe.name}[/]  {plan.run_dir}", highlight=False)
     console.print(
-        f"model {recipe.model.type}, {plan.size.parameters:,} parameters; "
+        f"model {recipe.model.type}, {plan.size.parameters:,} parameters{_trained(plan)}; "
         f"{prepared.num_samples['train']:,} training and {prepared.num_samples['test']:,} held-out samples; "
         f"{plan.steps:,} steps of {recipe.train.global_batch_size} samples; strategy {recipe.strategy.type} on "
         f"{layout.world_size} worker{'s' if layout.world_size > 1 else ''}",
         highlight=False,
     )
+    for remark in prepared.remarks:
+        console.print(f"data: {remark}", style="yellow", highlight=False, markup=False)
     numbers = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
     console.print(f"to beat ({name}): {numbers}", highlight=False)
+
+
+def _trained(plan: Plan) -> str:
+    return "" if plan.size.trainable == plan.size.parameters else f", {plan.size.trainable:,} of them trained"
 
 
 def _finished(plan: Plan) -> bool:
@@ -383,13 +390,15 @@ def _relayed(board: Any, display: Display) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Put back the SIGINT handler, which Ray Train replaces and leaves replaced."""
+    """Let Ctrl-C end the run as it ends any program, and put back the handler that Ray Train leaves replaced."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SystemExit:  # Ray Train's answer to Ctrl-C
+        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, handler)
 
