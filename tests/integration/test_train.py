@@ -18,7 +18,7 @@ from rich.console import Console
 
 from raytx import checkpoint, cluster
 from raytx.errors import RecipeError, ResourceError, TrainingError
-from raytx.files import disagreements, read_json
+from raytx.files import read_json
 from raytx.journal import rows
 from raytx.plan import resolve
 from raytx.train import fit
@@ -101,8 +101,7 @@ def test_a_run_leaves_its_whole_record(unbroken):
     page = (run_dir / "report.html").read_text()
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    manifest = read_json(unbroken.checkpoint / "manifest.json")
-    assert disagreements(unbroken.checkpoint, manifest["files"]) == []
+    assert checkpoint.damage(unbroken.checkpoint) is None
     assert not [
         path for path in run_dir.rglob("*") if path.suffix in {".pt", ".pkl", ".bin"} and ".ray" not in path.parts
     ]
@@ -158,6 +157,29 @@ def test_a_run_continues_after_the_death_of_its_driver(unbroken, slow, tmp_path)
     assert "resumed from checkpoint" in again.stdout
     assert steps_in(run_dir) == list(range(1, STEPS + 1))
     assert_same_weights(weights(run_dir), weights(unbroken))
+
+
+def test_an_interrupted_run_says_so_and_ends_with_130(unbroken, slow, tmp_path):
+    recipe = slow("interrupted")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled"}
+    run_dir = resolve(recipe).run_dir
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "raytx", "train", str(path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: len(steps_in(run_dir)) >= 15)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=90)
+    assert driver.returncode == 130, output
+    assert "interrupted; the same command goes on from the last checkpoint" in output
+    assert "Traceback" not in output
+    assert checkpoint.newest(run_dir).step < STEPS
 
 
 def test_a_run_that_learns_something_else_is_refused_and_the_keys_are_named(unbroken, slow):
