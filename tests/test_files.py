@@ -46,7 +46,7 @@ def test_an_untouched_directory_agrees_with_its_inventory(tmp_path: Path) -> Non
     files = inventory(tmp_path, exclude=frozenset({"manifest"}))
     assert set(files) == {"sub/x", "y"}
     assert files["sub/x"]["bytes"] == 3
-    assert disagreements(tmp_path, files) == []
+    assert disagreements(tmp_path, files, manifest="manifest") == []
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_a_lost_longer_or_changed_file_is_named(tmp_path: Path, damage: object, 
     path.write_bytes(b"abc")
     files = inventory(tmp_path)
     damage(path)  # type: ignore[operator]
-    (found,) = disagreements(tmp_path, files)
+    (found,) = disagreements(tmp_path, files, manifest="manifest.json")
     assert found.startswith("x: ")
     assert told in found
