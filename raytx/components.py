@@ -79,12 +79,18 @@ class ModelSize:
     hidden_size: int
     vocab_size: int
     """Width of the output, whose logits dominate activations of small decoders."""
+    context_length: int | None = None
+    """Positions the model has; None where it has no limit or tells none."""
 
 
 class ModelConfig(Component):
     """A model and its task."""
 
     kind: ClassVar[str] = "model"
+
+    def distrusted(self) -> ModelConfig:
+        """Return this component without what lets foreign code run, for when it was read from a file of others."""
+        return self
 
     def task_class(self) -> TaskClass:
         """Return the task's class: its metrics, serving protocol and needed columns are known before any build."""

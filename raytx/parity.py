@@ -53,7 +53,7 @@ def parity(
     shown and written, when a strategy is further from the first than the limit.
     """
     curves = {}
-    for strategy in _possible(recipe, strategies, console):
+    for strategy in _possible(recipe, strategies, steps, console):
         with console.status(f"{steps} steps under {strategy}"):
             curves[strategy] = _curve(recipe, strategy, steps, address, verbose)
     reference = next(iter(curves.values()))
@@ -68,14 +68,14 @@ def parity(
     return table
 
 
-def _possible(recipe: Recipe, strategies: Sequence[str], console: Console) -> list[str]:
+def _possible(recipe: Recipe, strategies: Sequence[str], steps: int, console: Console) -> list[str]:
     """Leave out, aloud, what the plan refuses, unless it was asked for by name."""
     possible = []
     for strategy in strategies:
         try:
-            resolve(_under(recipe, strategy, steps=1))
+            resolve(_under(recipe, strategy, steps=steps))
         except RecipeError as error:
-            if strategies is not STRATEGIES:
+            if strategies is not STRATEGIES or strategy == STRATEGIES[0]:
                 raise
             console.print(f"left out: {error}", style="yellow", highlight=False, markup=False)
         else:
@@ -106,6 +106,8 @@ def _under(recipe: Recipe, strategy: str, *, steps: int) -> Recipe:
             "compression": [],
             "evaluate.every": None,
             "save.every": None,
+            "save.keep": "last",
+            "optim.warmup": recipe.optim.warmup if recipe.optim.warmup < steps else 0.1,
             **({"scaling.num_workers": 1} if values["type"] == "single" else {}),
         }
     )

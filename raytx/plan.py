@@ -154,6 +154,10 @@ def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan
     accumulation = _accumulation(recipe, layout)
     metric, mode = _metric(recipe)
     size = recipe.model.size()
+    if size.context_length is not None and recipe.train.max_length > size.context_length:
+        raise RecipeError(
+            f"train.max_length={recipe.train.max_length} is more than the {size.context_length} positions the model has"
+        )
     memory = estimate(
         size,
         recipe.strategy.shares(layout),

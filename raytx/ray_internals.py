@@ -26,6 +26,8 @@ USED = {
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData",),
     # the trainer's own cleaner of placement groups needs the dashboard and stays behind without it
     "ray.train.v2.api.data_parallel_trainer": ("PlacementGroupCleanerCallback",),
+    # submit.py: a job's name follows from what is uploaded, so that is uploaded before the job is
+    "ray.dashboard.modules.dashboard_sdk": ("SubmissionClient",),
     # rendezvous.py: ranks of a local cluster meet in a file instead of on an open port
     "ray.train.torch.config": ("_TorchBackend", "_setup_torch_process_group", "_set_torch_distributed_env_vars"),
     # trials are named by a random word; a search that is begun again must find the runs it has

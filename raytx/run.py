@@ -66,6 +66,8 @@ def record(plan: Plan) -> None:
 
 def check_same(plan: Plan) -> None:
     """Raise RecipeError naming the keys, when the run that lives in this directory learns something else."""
+    if (plan.run_dir / "trials").is_dir():
+        raise RecipeError(f"{plan.recipe.name!r} in {plan.run_dir} is a search; give the run another name (name=...)")
     if (earlier := _earlier(plan)) is None:
         return
     changed = differences(identity(earlier["recipe"]), plan.identity())

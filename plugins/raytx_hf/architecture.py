@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raytx.errors import RecipeError, did_you_mean
+from raytx.registry import registry
 
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
@@ -34,6 +36,21 @@ def base_config(model: HFModel) -> PreTrainedConfig:
     if type(config) not in auto_class(model.task)._model_mapping and not hasattr(config, "auto_map"):
         raise RecipeError(f"model: transformers has no {config.model_type!r} model for task {model.task!r}")
     return config
+
+
+def make_known(directory: str | Path) -> None:
+    """Let the model component that brings a directory's architecture register it with the Auto classes, if one does.
+
+    A plugin's own architecture is known to transformers only once its component has been used; its artifacts must open,
+    and be fine-tuned, without it.
+    """
+    try:
+        name = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return  # a hub name, or a directory that transformers will refuse in its own words
+    for component in registry().components["model"].values():
+        if name in getattr(component, "architectures", ()):
+            component.register_architectures()  # type: ignore[attr-defined]
 
 
 def check_attention(model: HFModel) -> None:
@@ -80,6 +97,7 @@ def expanded(place: str) -> str:
 
 def _from_path(model: HFModel) -> PreTrainedConfig:
     assert model.path is not None
+    make_known(expanded(model.path))
     try:
         return AutoConfig.from_pretrained(
             expanded(model.path), revision=model.revision or "main", trust_remote_code=model.trust_remote_code

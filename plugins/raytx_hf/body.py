@@ -14,7 +14,7 @@ from raytx.errors import CheckpointError, RecipeError
 from raytx.files import digest
 from raytx.tasks.base import Row, Runner, Task
 from raytx_hf import adapter
-from raytx_hf.architecture import auto_class, base_config, from_config, from_pretrained
+from raytx_hf.architecture import auto_class, base_config, from_config, from_pretrained, make_known
 from raytx_hf.causality import check_causality
 from raytx_hf.packing import check_packing
 from raytx_hf.places import hashes
@@ -99,10 +99,12 @@ class HFBody:
         auto = auto_class(self.config.task)
         options = {"local_files_only": True, "trust_remote_code": trusted(), "use_safetensors": True}
         with refusing_code(directory):
+            make_known(directory)
             return auto.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
     def skeleton(self, directory: Path) -> Any:
         with refusing_code(directory):
+            make_known(directory)
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
         opening = {"trust_remote_code": trusted(), "attn_implementation": None}
         return from_config(self.config.model_copy(update=opening), config).eval()

@@ -90,6 +90,11 @@ class HFModel(ModelConfig):
     def provides(self) -> frozenset[str]:
         return frozenset({"save_pretrained", "generate"} if self.task == "causal-lm" else {"save_pretrained"})
 
+    def distrusted(self) -> HFModel:
+        from raytx_hf.trust import trusted
+
+        return self if trusted() else self.model_copy(update={"trust_remote_code": False})
+
     def task_class(self) -> type[Task]:
         return TASKS[self.task]
 

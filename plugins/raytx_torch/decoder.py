@@ -27,6 +27,8 @@ class DecoderConfig(ModelConfig):
 
     plugins: ClassVar[tuple[str, ...]] = ("raytx_hf",)
     """Plugins of which this component uses a component: raytx_hf's model, for tokenizers and saving."""
+    architectures: ClassVar[tuple[str, ...]] = ("raytx_decoder",)
+    """Names of the architectures that register_architectures() makes known to transformers."""
     type: Literal["decoder"] = "decoder"
     hidden_size: int = Field(256, gt=0)
     """Width of the residual stream."""
@@ -63,11 +65,15 @@ class DecoderConfig(ModelConfig):
     def local_files(self) -> Iterable[tuple[str, str]]:
         return self._component().local_files()
 
-    def _hf(self) -> ModelConfig:
-        """Register the architecture and return the Hugging Face component that trains it."""
+    @staticmethod
+    def register_architectures() -> None:
         from raytx_torch import decoder_model
 
         decoder_model.register()
+
+    def _hf(self) -> ModelConfig:
+        """Register the architecture and return the Hugging Face component that trains it."""
+        self.register_architectures()
         return self._component()
 
     def _component(self) -> ModelConfig:
