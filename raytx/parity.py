@@ -56,6 +56,7 @@ def parity(
     for strategy in _possible(recipe, strategies, steps, console):
         with console.status(f"{steps} steps under {strategy}"):
             curves[strategy] = _curve(recipe, strategy, steps, address, verbose)
+        console.print(f"{strategy}: {steps} steps, last loss {curves[strategy][-1]['loss']:.6f}", highlight=False)
     reference = next(iter(curves.values()))
     table = [_compare(strategy, curve, reference) for strategy, curve in curves.items()]
     run_dir = resolve(recipe).run_dir

@@ -107,7 +107,9 @@ class DeepSpeedEngine:
     def _reduced_norm(self) -> float:
         """Stage 0 in fp32 tells no norm; its gradients are whole and reduced when the last backward() returns."""
         grads = [p.grad for p in self._trained.values() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+        return float(
+            torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
+        )
 
     @torch.no_grad()
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
