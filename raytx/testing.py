@@ -285,9 +285,9 @@ class _Fitted:
     samples: list[Features]
 
     def module(self, **options: Any) -> Any:
-        """Return the module with the weights of seed 0."""
-        _torch().manual_seed(0)
-        return self.model.module(self.directory, **options).eval()
+        """Return the module with the weights of seed 0, whatever torch's generator stands at."""
+        _torch().seed()
+        return self.model.module(self.directory, seed=0, **options).eval()
 
     def batch(self) -> Features:
         return self.task.collate(self.samples[:4])
@@ -361,7 +361,7 @@ def _check_size(config: Any, module: Any) -> None:
 def _check_seed(config: Component, fitted: _Fitted, module: Any) -> None:
     again = dict(fitted.module().named_parameters())
     differ = [name for name, p in module.named_parameters() if not bool((p == again[name]).all())]
-    _demand(not differ, config, f"module() gives other weights under the same torch seed: {', '.join(differ[:3])}")
+    _demand(not differ, config, f"module() gives other weights under the same seed: {', '.join(differ[:3])}")
 
 
 def _check_loss(config: Component, fitted: _Fitted, module: Any, runner: Runner) -> None:
