@@ -181,8 +181,6 @@ def _check_settings(args: ServeArgs) -> None:
             f"serving.max_batch_size={args.max_batch_size} is more than serving.max_ongoing_requests="
             f"{args.max_ongoing_requests}, so a batch could never fill; raise the one or lower the other"
         )
-    if args.max_queued_requests < 1:
-        raise RecipeError("serving.max_queued_requests=0: a request on its way to a replica counts as queued; use 1")
 
 
 def _check_port(host: str, port: int) -> None:

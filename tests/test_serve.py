@@ -159,7 +159,7 @@ def test_a_host_that_others_reach_needs_a_token(refuses: Callable[..., str], art
         ({"max_batch_sise": 2}, "Did you mean 'max_batch_size'?"),
         ({"port": 0}, "serving.port"),
         ({"max_batch_size": 20}, "a batch could never fill"),
-        ({"max_queued_requests": 0}, "serving.max_queued_requests.*greater than 0"),
+        ({"max_queued_requests": 0}, "serving.max_queued_requests: Input should be greater than 0"),
         ({"timeout_s": -1}, "serving.timeout_s"),
     ],
 )
