@@ -72,7 +72,7 @@ def test_its_own_conformance_tests_pass_where_it_is_installed(environment: Envir
 
 @pytest.mark.slow
 def test_its_recipe_trains_compresses_and_exports(environment: Environment) -> None:
-    overrides = [f"storage_path={environment.home}", "train.steps=12", "evaluate.every=6", "data.max_bytes=60000"]
+    overrides = [f"storage_path={environment.home}", "train.steps=12", "evaluate.every=6"]
     environment.run("-m", "raytx", "train", "source/recipe.yaml", *overrides, timeout=600)
     artifact = environment.home / "example-plugin" / "artifacts" / "hf"
     manifest = json.loads((artifact / "artifact.json").read_text())
