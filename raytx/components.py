@@ -7,8 +7,7 @@ the schema, its `build()` imports the heavy body. Configs must import neither to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -29,8 +28,11 @@ KINDS = ("model", "data", "strategy", "compression", "export")
 TaskClass = type[Task]
 """Named here because the fields of components are called `type`."""
 
-Part = Literal["weight", "exp_avg", "exp_avg_sq"]
-"""What a checkpoint keeps of one parameter: its fp32 value and the optimizer's two moments."""
+Part = str
+"""What a checkpoint keeps of one parameter: "weight" is its fp32 value, the others are the optimizer's state tensors by
+torch's names (exp_avg, exp_avg_sq, momentum_buffer...)."""
+Weights = Callable[[str], np.ndarray]
+"""Reads one whole tensor of a module, a parameter or a buffer, by its Hugging Face name."""
 
 
 class Component(Section):
@@ -81,6 +83,70 @@ class ModelSize:
     """Width of the output, whose logits dominate activations of small decoders."""
     context_length: int | None = None
     """Positions the model has; None where it has no limit or tells none."""
+    pieces: tuple[int, ...] = ()
+    """Parameters of each piece that a pipeline can place, in order: embedding, layers, head."""
+    not_pipelined: str = "it names no layers to cut it at"
+    """Why a pipeline cannot cut it; empty where it can."""
+    tensor_parallel: int = 1
+    """Tensor-parallel sizes must divide this: the greatest common divisor of its head counts and widths."""
+    not_tensor_parallel: str = "it has no tensor-parallel plan"
+    """Why its layers cannot be cut over tensor-parallel ranks; empty where they can."""
+
+
+@dataclass(frozen=True)
+class TensorStyle:
+    """How tensor-parallel ranks share one layer (Shoeybi et al. 2019)."""
+
+    kind: Literal["column", "row", "heads", "shared"]
+    """column: outputs are cut, the input's gradient is summed. row: inputs are cut, the output is summed and the bias
+    added once. heads: a table with a column per head, such as relative position biases, is cut along its last
+    dimension. shared: whole on every rank, but applied to that rank's part only, so its gradient is summed."""
+    blocks: int = 1
+    """column: projections that lie side by side in the output (query, key and value in one), each cut by itself."""
+    transposed: bool = False
+    """The weight is (inputs, outputs), as GPT-2's layers have it, instead of (outputs, inputs)."""
+    gather: bool = False
+    """column: ranks exchange their outputs, so that what follows sees them whole; for heads of a vocabulary."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How a module's layers are cut over tensor-parallel ranks; what it does not name stays whole on every rank."""
+
+    layers: Mapping[str, TensorStyle]
+    """Style by module name, of modules that hold a weight themselves."""
+    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By module name, the integer attributes (heads, widths) that a rank's part has a share of."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One of the consecutive parts that a model is cut into for a pipeline."""
+
+    module: Any
+    """A torch module. forward(travel) takes a tuple (input ids or hidden states, *the features that travel along) and
+    returns the same with new hidden states; the last piece returns logits alone."""
+    names: Mapping[str, str]
+    """Hugging Face name of each of its parameters and buffers, by their names in `module`."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file says of one tensor."""
+
+    dtype: str
+    """As safetensors spells it: F32, BF16, F16, I64..."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of a public directory that are made together, such as the experts that a model holds as one."""
+
+    headers: Mapping[str, TensorHeader]
+    """By the name that the directory's files give it."""
+    make: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    """Yields each with its numbers, in that order; bfloat16, which numpy has not, as uint16 of the same bits."""
 
 
 class ModelConfig(Component):
@@ -117,14 +183,49 @@ class Model(Protocol):
         """Return the task with the processor found in a directory (a prepared cache or an artifact)."""
 
     def module(self, directory: Path, *, seed: int = 0, activation_checkpointing: bool = False) -> Any:
-        """Return the torch module with its starting weights.
+        """Return the torch module with its starting weights, whole and on the CPU, as exporting needs it."""
 
-        Random ones are a function of the seed: every rank starts alike, and frozen ones, which no checkpoint holds, are
-        made again when a run is resumed or exported.
+    def structure(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
+        """Return the torch module on the meta device: everything but its numbers. Frozen parameters need no grad."""
+
+    def weights(self, module: Any, directory: Path, *, seed: int = 0) -> Weights:
+        """Return the reader of the starting weights of a structure: of every parameter and buffer, also of those that
+        no checkpoint holds.
+
+        Each is read when it is asked for, so a rank reads no more than it keeps. Random ones are a function of seed and
+        name: every rank starts alike, in any order of reading, and frozen ones are made again when a run is resumed or
+        exported.
+        """
+
+    def tensor_plan(self, module: Any) -> TensorPlan:
+        """Return how tensor-parallel ranks share the layers of a structure, adapters included."""
+
+    def pieces(self, module: Any, travelling: Sequence[str]) -> list[Piece]:
+        """Cut a structure into the pieces of a pipeline.
+
+        `travelling` names the features besides input_ids that every piece needs, such as position_ids. The pieces hold
+        the structure's own parameters and buffers: what is cut stands on the same (meta) tensors.
         """
 
     def merged(self, module: Any) -> Any:
         """Return the module in the form that is exported: adapters merged into the base, nothing else changed."""
+
+    def consolidated(
+        self,
+        module: Any,
+        tensors: Mapping[str, np.ndarray],
+        weights: Weights,
+        directory: Path,
+        *,
+        dtype: str,
+        adapter_only: bool,
+    ) -> list[TensorGroup]:
+        """Return the public form of a structure's weights, each yet to be made: adapters merged, ties written once,
+        names those of `save_pretrained`; or the adapters alone, as peft has them.
+
+        `tensors` are a checkpoint's, `weights` reads what it does not hold. The directory holds the processor already;
+        written into it is what is no weight: config, generation config, or the adapter's config.
+        """
 
     def load(self, directory: Path) -> Any:
         """Return the module that `save_pretrained` wrote into an artifact directory, by a loader that runs no code."""
@@ -190,6 +291,14 @@ class StrategyConfig(Component):
         """Return why this strategy cannot carry out a recipe, or None; asked before anything is started."""
         return None
 
+    def misfit(self, recipe: Recipe, layout: Layout, size: ModelSize) -> str | None:
+        """Return why this strategy cannot spread a model over a layout, or None; asked when its size is known."""
+        return None
+
+    def stages(self, layout: Layout, size: ModelSize) -> tuple[tuple[int, int], ...]:
+        """Return for each pipeline stage the pieces it holds, as [first, last); empty where there is no pipeline."""
+        return ()
+
     def shares(self, layout: Layout) -> Shares:
         """Return the divisors of memory for a layout."""
         return Shares()
@@ -209,11 +318,12 @@ class StrategyConfig(Component):
 class Strategy(Protocol):
     """What a strategy config builds."""
 
-    def init_context(self) -> AbstractContextManager[Any]:
-        """Return the context in which the model is built, such as one that shards parameters as they are made."""
+    def engine(self, module: Any, *, model: Model, weights: Weights, plan: Plan, rank: int) -> Engine:
+        """Take over a structure on the meta device: cut and shard it, give this rank's part its weights, and create the
+        optimizer. A collective call.
 
-    def engine(self, module: Any, *, plan: Plan, rank: int) -> Engine:
-        """Take over the module: place, wrap and shard it, and create its optimizer. A collective call."""
+        No rank needs to hold more than its part: a tensor is read whole, and what is not this rank's is let go.
+        """
 
 
 @dataclass(frozen=True)
@@ -236,7 +346,10 @@ class Engine(Protocol):
     module: Any
 
     def train_batch(self, microbatches: list[Microbatch], *, lr: float) -> dict[str, float]:
-        """Do one optimizer update. Return loss and grad_norm (before clipping), equal on all ranks. Collective."""
+        """Do one optimizer update. Return loss and grad_norm (before clipping), equal on all ranks. Collective.
+
+        Under fp16 it returns loss_scale and skipped besides: a step whose gradients overflowed updates nothing.
+        """
 
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
         """Return the mean loss over the microbatch's targets and, where asked, float32 logits. Collective."""
@@ -245,13 +358,19 @@ class Engine(Protocol):
         """Return every rank's value, in rank order, on every rank. Collective."""
 
     def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
-        """Yield every trained tensor whole, as (Hugging Face name, part, fp32 array). Collective.
+        """Yield every trained tensor whole, as (Hugging Face name, part, array; weights are fp32). Collective.
 
         Each tensor comes as an array on exactly one rank, which writes it, and as None on the others.
         """
 
     def load_tensors(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:
         """Take trained tensors from a reader of whole tensors, and the optimizer's step count. Collective."""
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers besides tensors that the next step depends on, equal on all ranks: fp16's loss scale."""
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Take what `scalars` returned, or nothing, where the checkpoint is of an engine that has none."""
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""

@@ -322,6 +322,7 @@ def check_model(config: Component, rows: Sequence[Row] | None = None) -> None:
         runner = fitted.model.runner(module)
         _check_loss(config, fitted, module, runner)
         _check_gradients(config, fitted)
+        _check_structure(config, fitted, module)
         _check_neighbours(config, fitted, runner)
         _check_documents(config, fitted, runner)
         if fitted.task.protocol == "openai":
@@ -362,6 +363,19 @@ def _check_seed(config: Component, fitted: _Fitted, module: Any) -> None:
     again = dict(fitted.module().named_parameters())
     differ = [name for name, p in module.named_parameters() if not bool((p == again[name]).all())]
     _demand(not differ, config, f"module() gives other weights under the same seed: {', '.join(differ[:3])}")
+
+
+def _check_structure(config: Component, fitted: _Fitted, module: Any) -> None:
+    """Ranks build structures and read parts of the weights, in orders of their own; it must come to the same module."""
+    structure = fitted.model.structure(fitted.directory)
+    tensors = dict([*structure.named_parameters(), *structure.named_buffers()])
+    real = [name for name, tensor in tensors.items() if not tensor.is_meta]
+    _demand(not real, config, f"structure() must be on the meta device; {', '.join(real[:3])} take memory")
+    whole = dict([*module.named_parameters(), *module.named_buffers()])
+    _demand(tensors.keys() == whole.keys(), config, "structure() and module() have parameters of other names")
+    weights = fitted.model.weights(structure, fitted.directory, seed=0)
+    differ = [n for n in sorted(tensors, reverse=True) if not np.array_equal(weights(n), whole[n].detach().numpy())]
+    _demand(not differ, config, f"weights() gives other values than module() has: {', '.join(differ[:3])}")
 
 
 def _check_loss(config: Component, fitted: _Fitted, module: Any, runner: Runner) -> None:
@@ -696,9 +710,9 @@ def _bench(config: Any) -> _Bench:
 
     plan, prepared = prepare(resolve(tiny_recipe(strategy=config)), Console(quiet=True))
     model, strategy = plan.recipe.model.build(), config.build()
-    with strategy.init_context():
-        module = model.module(prepared.processor)
-    engine = strategy.engine(module, plan=plan, rank=0)
+    module = model.structure(prepared.processor)
+    weights = model.weights(module, prepared.processor)
+    engine = strategy.engine(module, model=model, weights=weights, plan=plan, rank=0)
     batches = Batches(plan, model.task(prepared.processor), prepared.samples("train"), dp_rank=0)
     return _Bench(engine, batches, lr=plan.recipe.optim.lr)
 

@@ -207,6 +207,14 @@ class FaultyBody:
             module.register_forward_pre_hook(lambda layer, given, named: (given, _straight(named)), with_kwargs=True)
         return module
 
+    def weights(self, module: Any, directory: Path, **options: Any) -> Any:
+        if self.fault == "weights":
+            options["seed"] = 1
+        return self.body.weights(module, directory, **options)
+
+    def structure(self, directory: Path, **options: Any) -> Any:
+        return self.body.module(directory) if self.fault == "structure" else self.body.structure(directory, **options)
+
     def runner(self, module: Any) -> Any:
         return FaultyRunner(self.body.runner(module), self.fault)
 
@@ -258,6 +266,8 @@ def test_a_sound_model_passes() -> None:
     [
         ("size", "parameters, "),
         ("seed", "other weights under the same seed"),
+        ("structure", "must be on the meta device"),
+        ("weights", "weights() gives other values"),
         ("gradient", "trained parameters without a gradient: unused"),
         ("loss", "the mean over its targets is"),
         ("dtype", "runner.logits gives float64"),
@@ -399,11 +409,8 @@ class AmnesiacStrategy:
     def __init__(self, strategy: Any, fault: str | None) -> None:
         self.strategy, self.fault = strategy, fault
 
-    def init_context(self) -> Any:
-        return self.strategy.init_context()
-
-    def engine(self, module: Any, *, plan: Any, rank: int) -> Any:
-        return AmnesiacEngine(self.strategy.engine(module, plan=plan, rank=rank), self.fault)
+    def engine(self, module: Any, **given: Any) -> Any:
+        return AmnesiacEngine(self.strategy.engine(module, **given), self.fault)
 
 
 class AmnesiacEngine:

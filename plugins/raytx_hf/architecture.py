@@ -73,24 +73,6 @@ def from_config(model: HFModel, config: PreTrainedConfig) -> PreTrainedModel:
         raise RecipeError(f"model: {config.model_type!r} cannot be built: {_one_line(error)}") from None
 
 
-def from_pretrained(model: HFModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the pretrained module, fp32. Only safetensors are read: a pickle could run code."""
-    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
-    assert model.path is not None
-    try:
-        return auto_class(model.task).from_pretrained(
-            expanded(model.path),
-            config=config,
-            dtype=torch.float32,
-            revision=model.revision or "main",
-            use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"model.path={model.path}: {_one_line(error)}") from None
-
-
 def expanded(place: str) -> str:
     return str(Path(place).expanduser()) if place.startswith("~") else place
 
