@@ -17,33 +17,86 @@ class Section(BaseModel):
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    def _chosen(self, name: str) -> bool:
+        """Tell a value that was chosen; model_fields_set would not do, as a plan's recipe has every field set."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+
+IDLE_UNLESS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "betas": ("type", ("adamw", "adamw_8bit")),
+    "eps": ("type", ("adamw", "adamw_8bit", "adafactor")),
+    "beta2_decay": ("type", ("adafactor",)),
+    "momentum": ("type", ("sgd",)),
+    "nesterov": ("type", ("sgd",)),
+    "fused": ("type", ("adamw",)),
+    "min_lr_ratio": ("schedule", ("linear", "cosine", "wsd")),
+    "decay": ("schedule", ("wsd",)),
+}
+"""Settings of an optimizer that do nothing unless another has one of these values."""
+
 
 class Optim(Section):
     """The optimizer and its learning-rate schedule. Weight decay skips norms and biases."""
 
-    type: Literal["adamw"] = "adamw"
-    """Optimizer: AdamW (Loshchilov and Hutter 2019)."""
+    type: Literal["adamw", "sgd", "adafactor", "adamw_8bit"] = "adamw"
+    """Optimizer: AdamW (Loshchilov and Hutter 2019); sgd; adafactor, which keeps a row and a column of a matrix's
+    second moments (Shazeer and Stern 2018); adamw_8bit, AdamW with moments of one byte (Dettmers et al. 2022)."""
     lr: float = Field(3e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate. Under adafactor the largest step relative to a parameter's size, for which 1e-2 is usual."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay of matrices and embeddings; parameters of one dimension get none."""
+    """Weight decay of matrices and embeddings; parameters of one dimension get none. Decoupled from the gradient,
+    except under sgd, whose momentum takes it in."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
+    """adamw and adamw_8bit: decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the denominator of the update."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the learning rate after warm-up: flat, or falling to zero at the last step."""
+    """adamw and adamw_8bit: added to the denominator of the update; adafactor: its least value."""
+    beta2_decay: float = Field(-0.8, le=0)
+    """adafactor: the second moment's decay rate at step t is 1 - t ** beta2_decay."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """sgd: share of the last update that is kept; 0 keeps no state."""
+    nesterov: bool = False
+    """sgd: look ahead by one step of the momentum."""
+    fused: bool | None = None
+    """adamw: one kernel for the whole update; null takes it wherever torch has it. The numbers agree to rounding."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "linear"
+    """Shape of the learning rate after warm-up: flat; falling until the last step; wsd, flat and falling at the end;
+    or falling with the root of the steps."""
     warmup: Annotated[float, Field(ge=0)] = 0.0
     """Steps of linear warm-up; below 1 it is a share of all steps."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """linear, cosine and wsd: share of the peak that they fall to."""
+    decay: Annotated[float, Field(gt=0)] = 0.1
+    """wsd: steps at the end that fall; below 1 it is a share of all steps."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global L2 norm; null turns clipping off."""
 
-    @field_validator("warmup")
+    @field_validator("warmup", "decay")
     @classmethod
-    def _whole_steps(cls, warmup: float) -> float:
-        if warmup > 1 and warmup != int(warmup):
+    def _whole_steps(cls, amount: float) -> float:
+        if amount > 1 and amount != int(amount):
             raise ValueError("must be a share of all steps below 1, or a whole number of steps")
-        return warmup
+        return amount
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Optim:
+        for name, (key, readers) in IDLE_UNLESS.items():
+            if self._chosen(name) and getattr(self, key) not in readers:
+                raise ValueError(
+                    f"{name} would do nothing: {key} {getattr(self, key)} does not read it, only {_either(readers)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Optim:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum, which is 0; 0.9 is usual")
+        if self.schedule == "wsd" and max(self.warmup, self.decay) < 1 < self.warmup + self.decay:
+            raise ValueError(f"warmup={self.warmup:g} and decay={self.decay:g} are more than all steps together")
+        return self
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 class Train(Section):
@@ -59,8 +112,9 @@ class Train(Section):
     """Samples of one forward and backward pass on one worker; accumulation is derived from it."""
     max_length: int = Field(512, gt=1)
     """Tokens of one sample at most."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of forward and backward; master weights and moments stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward and backward; master weights and moments stay fp32. fp16 scales the loss dynamically
+    and needs scaling.use_gpu."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(0, ge=0, lt=SEEDS)
@@ -141,14 +195,10 @@ class Search(Section):
 
     @model_validator(mode="after")
     def _asha_only(self) -> Search:
-        idle = [name for name in ("grace_period", "reduction_factor") if self._differs(name)]
+        idle = [name for name in ("grace_period", "reduction_factor") if self._chosen(name)]
         if self.scheduler == "fifo" and idle:
             raise ValueError(f"{' and '.join(idle)} would do nothing: scheduler fifo lets every trial finish")
         return self
-
-    def _differs(self, name: str) -> bool:
-        """Tell a value that was chosen; model_fields_set would not do, as a plan's recipe has every field set."""
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class Serving(Section):

@@ -77,6 +77,62 @@ def test_a_number_at_its_bound_is_taken(path: str, value: float) -> None:
     assert getattr(getattr(changed({path: value}), section), name) == value
 
 
+@pytest.mark.parametrize("amount", ["warmup", "decay"])
+def test_part_of_a_step_is_refused(amount: str) -> None:
+    with pytest.raises(RecipeError, match=f"optim.{amount}: must be a share of all steps below 1, or a whole number"):
+        changed({"optim": {"schedule": "wsd", amount: 2.5}})
+
+
+@pytest.mark.parametrize(
+    ("idle", "told"),
+    [
+        ({"type": "sgd", "betas": [0.8, 0.9]}, "betas would do nothing: type sgd does not read it, only adamw or"),
+        ({"type": "adafactor", "betas": [0.8, 0.9]}, "betas would do nothing: type adafactor does not read it"),
+        ({"type": "sgd", "eps": 1e-6}, "eps would do nothing: type sgd"),
+        ({"momentum": 0.9}, "momentum would do nothing: type adamw does not read it, only sgd"),
+        ({"nesterov": True}, "nesterov would do nothing: type adamw"),
+        ({"beta2_decay": -0.5}, "beta2_decay would do nothing: type adamw does not read it, only adafactor"),
+        ({"type": "adafactor", "fused": True}, "fused would do nothing: type adafactor does not read it, only adamw"),
+        ({"type": "sgd", "fused": False}, "fused would do nothing: type sgd"),
+        ({"type": "adamw_8bit", "fused": False}, "fused would do nothing: type adamw_8bit"),
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "min_lr_ratio would do nothing: schedule constant"),
+        ({"schedule": "inverse_sqrt", "min_lr_ratio": 0.1}, "min_lr_ratio would do nothing: schedule inverse_sqrt"),
+        ({"schedule": "cosine", "decay": 0.2}, "decay would do nothing: schedule cosine does not read it, only wsd"),
+    ],
+)
+def test_a_setting_that_the_optimizer_or_the_schedule_ignores_is_refused(idle: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        changed({"optim": idle})
+    assert f"optim: {told}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"betas": [0.8, 0.9], "eps": 1e-6, "fused": True, "schedule": "cosine", "min_lr_ratio": 0.1},
+        {"type": "sgd", "momentum": 0.9, "nesterov": True, "schedule": "wsd", "decay": 0.2},
+        {"type": "adafactor", "eps": 1e-6, "beta2_decay": -0.5, "schedule": "inverse_sqrt", "warmup": 10},
+        {"type": "adamw_8bit", "betas": [0.8, 0.9], "schedule": "constant"},
+    ],
+    ids=lambda optim: optim.get("type", "adamw"),
+)
+def test_what_an_optimizer_and_a_schedule_read_is_taken_and_survives_being_dumped(optim: dict[str, Any]) -> None:
+    recipe = changed({"optim": optim})
+    assert parse(recipe.dump()) == recipe
+
+
+def test_nesterov_needs_a_momentum() -> None:
+    with pytest.raises(RecipeError, match="optim: nesterov looks ahead along the momentum, which is 0"):
+        changed({"optim": {"type": "sgd", "nesterov": True}})
+
+
+def test_a_warm_up_and_a_decay_of_more_than_all_steps_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"optim: warmup=0\.6 and decay=0\.5 are more than all steps together"):
+        changed({"optim": {"schedule": "wsd", "warmup": 0.6, "decay": 0.5}})
+    changed({"optim": {"schedule": "wsd", "warmup": 0.5, "decay": 0.5}})
+    changed({"optim": {"warmup": 0.95}})
+
+
 @pytest.mark.parametrize("idle", [{"grace_period": 2}, {"reduction_factor": 4}])
 def test_settings_of_asha_are_refused_under_fifo(idle: dict[str, int]) -> None:
     search = {"space": SPACE, "scheduler": "fifo", **idle}
