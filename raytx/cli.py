@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -20,6 +20,9 @@ from rich.table import Table
 
 from raytx import __version__
 from raytx.errors import RaytxError, RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from raytx.plan import Plan
 
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 """What storage says that is full, read-only or somebody else's: the user's to mend."""
@@ -115,7 +118,8 @@ def _short(path: Path) -> Path:
 @click.argument("recipe")
 @OVERRIDES
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.option("--address", help="Ray cluster that is asked which node each rank would get now.")
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, address: str | None) -> None:
     """Show what training RECIPE would do, without starting a process."""
     from raytx.plan import origins, resolve, strategy_settings
     from raytx.recipe import load, parse_overrides
@@ -127,7 +131,20 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     from raytx.show import show_plan
 
-    show_plan(resolved, _console())
+    show_plan(resolved, _console(), nodes=_nodes(resolved, address) if address else None)
+
+
+def _nodes(plan: Plan, address: str) -> list[str]:
+    from raytx import cluster
+
+    scaling = plan.recipe.scaling
+    cluster.connect(address)
+    return cluster.placed(
+        plan.resources_per_worker,
+        num_workers=plan.world_size,
+        placement_strategy=scaling.placement_strategy,
+        wait_s=scaling.wait_s,
+    )
 
 
 @commands.command()
@@ -193,6 +210,40 @@ def export(checkpoint: str) -> None:
         with lock(source.parent.parent):
             exported = run(source)
     exported.show(console)
+
+
+@commands.command()
+@click.argument("checkpoint")
+@click.argument("directory")
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of the numbers written.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 500MB.")
+@click.option("--adapter-only", is_flag=True, help="Write the adapter in peft's layout instead of merging it.")
+def consolidate(checkpoint: str, directory: str, **options: Any) -> None:
+    """Write CHECKPOINT (or the chosen one of a run directory) as a Hugging Face DIRECTORY, tensor by tensor.
+
+    No model is built: memory for the largest tensor is enough, whatever the strategy that trained it.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = _console()
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with _starting(console, verbose=False):
+        from raytx.consolidate import consolidate as run
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("writing", total=None)
+        written = run(
+            checkpoint,
+            directory,
+            advance=lambda done, of: progress.update(bar, completed=done, total=of),
+            **options,
+        )
+    console.print(f"{written.told()}\n{_short(written.directory)}", highlight=False, soft_wrap=True)
 
 
 @commands.command()
