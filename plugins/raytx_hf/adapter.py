@@ -26,7 +26,7 @@ def adapted(module: Any, lora: LoRA, *, task: str) -> Any:
     )
     try:
         return get_peft_model(module, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: all-linear would adapt the head that is trained whole
         raise RecipeError(f"model.adapter: {' '.join(str(error).split())}") from None
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raytx.components import Piece, TensorGroup, TensorPlan, Weights
 from raytx.errors import CheckpointError, RecipeError
 from raytx.files import digest
+from raytx.place import place
 from raytx.tasks.base import Row, Runner, Task
 from raytx_hf import adapter
-from raytx_hf.architecture import auto_class, base_config, from_config, from_pretrained, make_known
+from raytx_hf.architecture import auto_class, base_config, expanded, from_config, make_known
 from raytx_hf.causality import check_causality
 from raytx_hf.packing import check_packing
 from raytx_hf.places import hashes
 from raytx_hf.runner import TorchRunner
 from raytx_hf.tokenizer import fitted, opened
 from raytx_hf.trust import refusing_code, trusted
+from raytx_hf.weights import Adapted, Drawn, Stored, reader
 
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
@@ -62,20 +67,56 @@ class HFBody:
         return self.config.task_class().load(directory, tokenizer)
 
     def module(self, directory: Path, *, seed: int = 0, activation_checkpointing: bool = False) -> Any:
-        torch.manual_seed(seed)
-        config = base_config(self.config)
-        self._adjust(config, self.task(directory))
-        make = from_pretrained if self.config.path is not None else from_config
-        module = make(self.config, config)
+        module = self.structure(directory, activation_checkpointing=activation_checkpointing)
+        weights = self._weights(module, directory, seed=seed)
+        place(module, lambda name, meta: _filled(meta, weights(name)))
+        return module
+
+    def structure(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
+        module = self._plain(directory)
         # A cache would hide from transformers that positions restarting at 0 begin a new document: no packing mask.
         module.config.use_cache = False
         if activation_checkpointing:
             module.activation_checkpointing_enable({"use_reentrant": False})
-        return (
-            module
-            if self.config.adapter is None
-            else adapter.adapted(module, self.config.adapter, task=self.config.task)
-        )
+        if self.config.adapter is None:
+            return module
+        with torch.device("meta"):
+            return adapter.adapted(module, self.config.adapter, task=self.config.task)
+
+    def weights(self, module: Any, directory: Path, *, seed: int = 0) -> Weights:
+        return reader(self._weights(module, directory, seed=seed))
+
+    def tensor_plan(self, module: Any) -> TensorPlan:
+        from raytx_hf.tensor_plan import plan_of
+
+        return plan_of(module)
+
+    def pieces(self, module: Any, travelling: Sequence[str]) -> list[Piece]:
+        from raytx_hf.pieces import cut
+
+        return cut(module, travelling)
+
+    def _plain(self, directory: Path) -> PreTrainedModel:
+        """Return the structure without adapters."""
+        with torch.device("meta"):
+            module = from_config(self.config, self._settled(directory))
+        if self.config.path is not None and module.can_generate():
+            with contextlib.suppress(OSError):  # most encoders, and many decoders, come without
+                module.generation_config = GenerationConfig.from_pretrained(
+                    expanded(self.config.path), revision=self.config.revision or "main"
+                )
+        return module
+
+    def _weights(self, module: Any, directory: Path, *, seed: int) -> Callable[[str], torch.Tensor]:
+        plain = self._plain(directory)
+        drawn = Drawn(plain, lambda: from_config(self.config, self._settled(directory)), seed=seed)
+        base = Stored(self.config, plain, drawn) if self.config.path is not None else drawn
+        return base if self.config.adapter is None else Adapted(module, base, seed=seed)
+
+    def _settled(self, directory: Path) -> PreTrainedConfig:
+        config = base_config(self.config)
+        self._adjust(config, self.task(directory))
+        return config
 
     def _adjust(self, config: PreTrainedConfig, task: Task) -> None:
         """Write into the config what data and tokenizer settled: labels, and the ids of special tokens."""
@@ -89,11 +130,30 @@ class HFBody:
             # pad_token_id stays out of a decoder's config: its embedding would be fixed at zero, and it is eos.
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id = tokenizer.eos_token_id
+            if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = tokenizer.pad_token_id  # T5's own choice, and it has no default
 
     def merged(self, module: Any) -> Any:
         module = adapter.merged(module)
         module.config.use_cache = True
         return module
+
+    def consolidated(
+        self,
+        module: Any,
+        tensors: Mapping[str, np.ndarray],
+        weights: Weights,
+        directory: Path,
+        *,
+        dtype: str,
+        adapter_only: bool,
+    ) -> list[TensorGroup]:
+        from raytx_hf import consolidated
+
+        if adapter_only:
+            base = self.config.path
+            return consolidated.adapter(module, tensors, weights, directory, base=base, dtype=dtype)
+        return consolidated.whole(module, tensors, weights, directory, task=self.task(directory), dtype=dtype)
 
     def load(self, directory: Path) -> Any:
         auto = auto_class(self.config.task)
@@ -122,6 +182,15 @@ class HFBody:
 
     def runner(self, module: Any) -> Runner:
         return TorchRunner(module)
+
+
+def _filled(meta: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a parameter or buffer like the one on the meta device, with a value; attributes are kept."""
+    made: torch.Tensor = value.detach().to(meta.dtype).clone()
+    if isinstance(meta, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=meta.requires_grad)
+    made.__dict__.update(vars(meta))
+    return made
 
 
 def _copy(name: str, value: torch.Tensor, *, into: torch.Tensor) -> None:

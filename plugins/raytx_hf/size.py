@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,23 +10,26 @@ from raytx.components import ModelSize
 from raytx.errors import RecipeError
 from raytx_hf.adapter import adapted
 from raytx_hf.architecture import base_config, check_attention, from_config
+from raytx_hf.pieces import pieces_of, why_not
+from raytx_hf.proof import flaw
+from raytx_hf.tensor_plan import limit
 
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
 
 
 def measure(model: HFModel) -> ModelSize:
+    """Return the size. A tied head counts in the first piece and in the last, as both stages hold it."""
     config = base_config(model)
     check_attention(model)
-    with torch.device("meta"):
-        # Without the kernel asked for: it may be installed on the workers alone, and has no parameters.
-        module = from_config(model.model_copy(update={"attn_implementation": None}), config)
-        module = module if model.adapter is None else adapted(module, model.adapter, task=model.task)
+    module = _structure(model, config)
     text = config.get_text_config()
     wanted = getattr(model.tokenizer, "vocab_size", None)
     if wanted is not None and wanted > text.vocab_size:
         raise RecipeError(f"model.tokenizer.vocab_size={wanted} is more than the model's vocab_size={text.vocab_size}")
     parameters = list(module.parameters())  # tied ones come once
+    not_pipelined = why_not(module, model.task) or flaw(module)
+    tensor_parallel, not_tensor_parallel = limit(module)
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -34,4 +37,19 @@ def measure(model: HFModel) -> ModelSize:
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size if model.task == "causal-lm" else config.num_labels,
         context_length=getattr(text, "max_position_embeddings", None),
+        pieces=() if not_pipelined else _pieces(module),
+        not_pipelined=not_pipelined,
+        tensor_parallel=tensor_parallel,
+        not_tensor_parallel=not_tensor_parallel,
     )
+
+
+def _structure(model: HFModel, config: Any) -> Any:
+    with torch.device("meta"):
+        # Without the kernel asked for: it may be installed on the workers alone, and has no parameters.
+        module = from_config(model.model_copy(update={"attn_implementation": None}), config)
+        return module if model.adapter is None else adapted(module, model.adapter, task=model.task)
+
+
+def _pieces(module: Any) -> tuple[int, ...]:
+    return tuple(sum(p.numel() for p in piece.module.parameters()) for piece in pieces_of(module, ()))

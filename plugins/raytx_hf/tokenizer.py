@@ -52,6 +52,8 @@ def _train(asked: TrainedTokenizer, texts: Texts, config: PreTrainedConfig, *, t
     if next(texts(), None) is None:
         raise DataError("no row has text to train the tokenizer on")
     special = _special_tokens(asked.train, task)
+    if config.is_encoder_decoder and task != "causal-lm":
+        special["eos_token"] = special["sep_token"]  # where T5 and BART look for what to classify by
     train = {"bpe": _bpe, "wordpiece": _wordpiece}[asked.train]
     tokenizer = train(texts, asked.vocab_size or config.vocab_size, _unique(list(special.values())))
     if task != "causal-lm":
