@@ -18,7 +18,14 @@ from raytx.plan import resolve
 from raytx.recipe import Recipe
 from raytx.train import fit
 
-STRATEGIES = ("single", "ddp", "deepspeed stage=0", "deepspeed stage=1", "deepspeed stage=2", "deepspeed stage=3")
+STRATEGIES = (
+    "single",
+    "ddp",
+    "fsdp",
+    *(f"deepspeed stage={stage}" for stage in range(4)),
+    "deepspeed stage=1 tensor_parallel_size=2",
+    "deepspeed-3d pipeline_parallel_size=2",
+)
 """Compared when none are named; the first is what the others are held to."""
 COMPARED = ("loss", "grad_norm")
 

@@ -1,4 +1,4 @@
-"""Components that need torch alone: the small decoder, text files, single and ddp, pruning, int8."""
+"""Components that need torch alone: the small decoder, text files, single, ddp and fsdp, pruning, int8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from raytx.components import CompressionConfig, DataConfig, ModelConfig, Strateg
 from raytx_torch.decoder import DecoderConfig
 from raytx_torch.int8 import DynamicInt8
 from raytx_torch.pruning import L1Pruning
-from raytx_torch.strategies import DDP, Single
+from raytx_torch.strategies import DDP, FSDP, Single
 from raytx_torch.text_files import TextFiles
 
 RAYTX_API = 1
@@ -25,7 +25,7 @@ def raytx_data() -> list[type[DataConfig]]:
 
 @hookimpl
 def raytx_strategy() -> list[type[StrategyConfig]]:
-    return [Single, DDP]
+    return [Single, DDP, FSDP]
 
 
 @hookimpl

@@ -1,124 +1,139 @@
-"""The engine of `single` and `ddp`: plain torch, the numbers every other strategy is held to."""
+"""The engine of `single`, `ddp` and `fsdp`: one training step, wherever the parameters lie."""
 
 from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raytx.components import Microbatch, Part
-from raytx.optimizer import parameter_groups
+from raytx.errors import CheckpointError
+from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
+from raytx_torch.loss_scale import LossScale
+from raytx_torch.moments import count_steps, create_state
+from raytx_torch.parts import local, part_of, whole
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What matrix products are computed in, by precision; master weights, reduced gradients and moments stay fp32."""
 
 
-@dataclass(frozen=True)
-class TorchStrategy:
-    """Builds a TorchEngine, wrapped in DistributedDataParallel where asked."""
+class Spread(Protocol):
+    """How a module, filled and in its place, lies on the ranks."""
 
-    distributed: bool
-    bucket_cap_mb: float = 25
-    find_unused_parameters: bool = False
+    module: nn.Module
+    """Carries the Hugging Face names."""
+    called: nn.Module
+    """Whose forward pass brings it about that gradients are reduced."""
+    device: torch.device
+    """Where it computes."""
+    home: torch.device
+    """Where parameters, gradients and the optimizer's state rest."""
+    divisor: int
+    """Gradients arrive as their sum over ranks divided by this."""
+    group: dist.ProcessGroup | None
+    """The ranks whose parts make up each whole parameter; None where every rank holds it whole."""
 
-    def init_context(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def accumulating(self, *, more: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward and backward pass, which `more` of the same step follow or not."""
 
-    def engine(self, module: nn.Module, *, plan: Plan, rank: int) -> TorchEngine:
-        device = _device(plan)
-        module.to(device)
-        wrapped: nn.Module = module
-        if self.distributed and plan.world_size > 1:
-            wrapped = DistributedDataParallel(
-                module,
-                device_ids=[device] if device.type == "cuda" else None,
-                bucket_cap_mb=self.bucket_cap_mb,
-                find_unused_parameters=self.find_unused_parameters,
-                gradient_as_bucket_view=True,
-            )
-        return TorchEngine(module, wrapped, plan=plan, rank=rank, device=device)
+    def settle(self) -> None:
+        """Let go of what a forward pass without a backward one leaves in memory."""
 
 
 class TorchEngine:
-    """One rank's model and AdamW. Master weights are fp32; bf16 is autocast around the forward pass."""
+    """One rank's part of a model and of its optimizer."""
 
-    def __init__(self, module: nn.Module, wrapped: nn.Module, *, plan: Plan, rank: int, device: torch.device) -> None:
-        self.module, self._wrapped, self._rank, self._device = module, wrapped, rank, device
-        self._ranks = plan.layout.data_parallel_size
-        self._max_norm = plan.recipe.optim.max_grad_norm
-        self._bf16 = plan.recipe.train.precision == "bf16"
-        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        optim = plan.recipe.optim
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._trained, weight_decay=optim.weight_decay),
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-        )
+    def __init__(self, spread: Spread, *, plan: Plan, rank: int) -> None:
+        self._spread, self._rank, self._ranks = spread, rank, plan.layout.data_parallel_size
+        self._optim, self._precision = plan.recipe.optim, plan.recipe.train.precision
+        self._step = 0
+        self.module = spread.module
+        self._trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._buffers = _persistent_buffers(self.module)
+        self._scale = LossScale() if self._precision == "fp16" else None
+        groups = parameter_groups(self._trained, weight_decay=self._optim.weight_decay)
+        self._optimizer: torch.optim.Optimizer = build(self._optim, groups, device_type=spread.home.type)
 
     # ---- steps
 
     def train_batch(self, microbatches: list[Microbatch], *, lr: float) -> dict[str, float]:
-        self._wrapped.train()
-        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._spread.called.train()
+        loss = torch.zeros((), dtype=torch.float64, device=self._spread.device)
         for place, microbatch in enumerate(microbatches):
-            with self._synchronised(last=place == len(microbatches) - 1):
+            with self._spread.accumulating(more=place < len(microbatches) - 1):
                 loss += self._backward(microbatch)
-        norm = self._clip()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return {"loss": self._sum(loss), "grad_norm": norm.item()}
+        update = self._update(lr)
+        return {"loss": self._sum(loss), **update}
 
     def _backward(self, microbatch: Microbatch) -> torch.Tensor:
         """Add a microbatch's gradients; return its share of the global loss."""
         torch.manual_seed(microbatch.seed)
         with self._autocast():
-            share = self._wrapped(**self._move(microbatch)).loss * microbatch.weight
-        (share * self._ranks).backward()  # DistributedDataParallel divides by the ranks
+            share = self._spread.called(**self._move(microbatch)).loss * microbatch.weight
+        (share * (self._spread.divisor * self._factor)).backward()
         return share.detach().double()
 
-    def _clip(self) -> torch.Tensor:
-        """Scale gradients down to the limit; return their norm before, summed in fp64.
+    @property
+    def _factor(self) -> float:
+        """What the loss, and with it every gradient, is multiplied by."""
+        return 1.0 if self._scale is None else self._scale.value
+
+    def _update(self, lr: float) -> dict[str, float]:
+        """Clip, step and forget the gradients; return what the step's row tells of it."""
+        gradients = [local(p.grad) for p in self._trained.values() if p.grad is not None]
+        norm = self._norm(gradients) / self._factor
+        told: dict[str, float] = {} if self._scale is None else self._scale.judge(norm.item())
+        if not told.get("skipped"):
+            self._clip(gradients, norm, factor=told.get("loss_scale", 1.0))
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return {"grad_norm": 0.0 if told.get("skipped") else norm.item(), **told}
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Return the global norm of what lies in parts, summed in fp64.
 
         torch's own clip_grad_norm_ sums squares in fp32. On the quickstart that was off by 1.3e-5, which is more than
         strategies may differ by.
         """
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in self._trained.values() if p.grad is not None
-        ]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if self._max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._max_norm, norm.float())
-        return norm
+        squares = torch.zeros((), dtype=torch.float64, device=self._spread.device)
+        if gradients:
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+            squares += torch.stack(norms).square().sum().to(squares.device)
+        if self._spread.group is not None:
+            dist.all_reduce(squares, group=self._spread.group)
+        return squares.sqrt()
 
-    def _synchronised(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Average gradients over ranks only in the last microbatch of a step."""
-        if last or not isinstance(self._wrapped, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self._wrapped.no_sync()
+    def _clip(self, gradients: list[torch.Tensor], norm: torch.Tensor, *, factor: float) -> None:
+        """Scale gradients down to the limit, after taking out the factor that the loss was multiplied by."""
+        limit = self._optim.max_grad_norm
+        if gradients and (limit is not None or factor != 1):
+            share = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, (share / factor).float().to(self._spread.home))
 
     @torch.no_grad()
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
         self.module.eval()
         with self._autocast():
             output = self.module(**self._move(microbatch))
+        self._spread.settle()
         loss = float("nan") if output.loss is None else output.loss.item()
         return loss, output.logits.float().cpu().numpy() if logits else None
 
     # ---- ranks
 
     def gather(self, value: Any) -> list[Any]:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if self._ranks == 1:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size()
+        values: list[Any] = [None] * self._ranks
         dist.all_gather_object(values, value)
         return values
 
@@ -132,54 +147,65 @@ class TorchEngine:
 
     # ---- state
 
+    @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
-        """Every rank holds everything: rank 0 writes it."""
-        for name, tensor in self._persistent().items():
-            yield name, "weight", self._mine(tensor)
-        for name, parameter in self._trained.items():
-            state = self._optimizer.state[parameter]
-            for part in ("exp_avg", "exp_avg_sq"):
-                yield name, part, self._mine(state.get(part, torch.zeros_like(parameter)))
+        """Ranks take turns at writing, so that each holds and writes its share."""
+        for place, (name, part, tensor) in enumerate(self._kept()):
+            value = whole(tensor)
+            yield name, part, value.cpu().numpy() if place % self._ranks == self._rank else None
 
-    def _mine(self, tensor: torch.Tensor) -> np.ndarray | None:
-        return tensor.detach().cpu().numpy() if self._rank == 0 else None
-
+    @torch.no_grad()
     def load_tensors(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:
-        with torch.no_grad():
-            for name, tensor in self._persistent().items():
-                tensor.copy_(torch.from_numpy(read(name, "weight")))
-        for name, parameter in self._trained.items():
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                **{part: torch.from_numpy(read(name, part)).to(self._device) for part in ("exp_avg", "exp_avg_sq")},
-            }
+        for name, part, tensor in self._kept():
+            value = torch.from_numpy(read(name, part))
+            if value.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{part} of {name!r} is {tuple(value.shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
+                )
+            local(tensor).copy_(part_of(value, like=tensor))
+        count_steps(self._optimizer, step)
+        self._step = step
 
-    def _persistent(self) -> dict[str, torch.Tensor]:
-        """What training changes: trained parameters (tied ones once) and saved buffers."""
-        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        buffers = {name: value for name, value in self.module.state_dict().items() if name not in parameters}
-        return {
-            **self._trained,
-            **{name: b for name, b in buffers.items() if isinstance(b, torch.Tensor) and b.numel()},
-        }
+    def _kept(self) -> Iterator[tuple[str, Part, torch.Tensor]]:
+        """Yield what training changes: trained parameters (tied ones once), saved buffers and the optimizer's state."""
+        for name, parameter in self._trained.items():
+            yield name, "weight", parameter.detach()
+        for name in self._buffers:
+            yield name, "weight", self.module.get_buffer(name)
+        create_state(self._optimizer)
+        for name, parameter in self._trained.items():
+            for part in state_parts(self._optim, parameter.shape):
+                yield name, part, self._optimizer.state[parameter][part]
+
+    def scalars(self) -> dict[str, float]:
+        return {} if self._scale is None else self._scale.scalars()
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Called after load_tensors: steps that were skipped are none of the optimizer's."""
+        if self._scale is not None and scalars:
+            self._scale.load(scalars)
+            count_steps(self._optimizer, self._step - self._scale.skipped)
 
     def peak_memory(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self._spread.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._spread.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     # ---- placing
 
     def _move(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
-        return {key: torch.from_numpy(value).to(self._device) for key, value in microbatch.features.items()}
+        return {key: torch.from_numpy(value).to(self._spread.device) for key, value in microbatch.features.items()}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
+        dtype = AUTOCAST.get(self._precision)
+        return torch.autocast(self._spread.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def _device(plan: Plan) -> torch.device:
-    if not plan.recipe.scaling.use_gpu:
-        return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    return get_device()
+def _persistent_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that a state dict holds, in the module's order."""
+    return [
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, owner in module.named_modules()
+        for leaf, buffer in owner._buffers.items()
+        if buffer is not None and buffer.numel() and leaf not in owner._non_persistent_buffers_set
+    ]
