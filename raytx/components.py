@@ -126,7 +126,7 @@ class Piece:
     module: Any
     """A torch module. forward(travel) takes a tuple (input ids or hidden states, *the features that travel along, None
     for those a batch does not have) and returns the same with new hidden states; the last piece returns logits alone.
-    Within a stage a piece is handed what the one before it returned, unchanged: it may carry masks that are made once."""
+    Within a stage a piece is handed what the one before it returned, unchanged: it may carry masks made once."""
     names: Mapping[str, str]
     """Hugging Face name of each of its parameters and buffers, by their names in `module`."""
 
