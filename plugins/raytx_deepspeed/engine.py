@@ -2,60 +2,91 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import platform
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import nn
 
-from raytx.components import Microbatch, Part
-from raytx.optimizer import parameter_groups
+from raytx.components import Microbatch, Model, Part, Weights
+from raytx.errors import ResourceError
+from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
+from raytx_deepspeed.groups import Groups
+from raytx_deepspeed.place import materialise
+from raytx_deepspeed.sequence import Slices
+from raytx_deepspeed.state import ShardedState, saved_buffers
+from raytx_deepspeed.tensor import Share, cut
 
 if TYPE_CHECKING:
     from raytx_deepspeed.strategy import DeepSpeed
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeepSpeedStrategy:
-    """Builds a DeepSpeedEngine from a module."""
+    """Builds a DeepSpeedEngine from a structure on the meta device."""
 
     def __init__(self, config: DeepSpeed) -> None:
         self._config = config
 
-    def init_context(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def engine(self, module: nn.Module, *, plan: Plan, rank: int) -> DeepSpeedEngine:
-        _avoid_shared_memory_op()
-        optim = plan.recipe.optim
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        groups = parameter_groups(trained, weight_decay=optim.weight_decay)
-        settings = {key: value for key, (value, _) in self._config.engine_config(plan).items()}
+    def engine(self, module: nn.Module, *, model: Model, weights: Weights, plan: Plan, rank: int) -> DeepSpeedEngine:
+        prepare_deepspeed()
+        if "nvme" in (self._config.offload_optimizer, self._config.offload_param):
+            check_drives()
+        groups, settings = Groups(plan.layout, rank), self._settings(plan)
+        shares = self._cut(module, model, groups)
+        device = device_of(plan)
+        placed = Partitioning(groups, settings) if self._config.stage == 3 else lambda parameter: None
+        materialise(module, weights, device, shares=shares, dtype=DTYPES[plan.recipe.train.precision], placed=placed)
         engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps),
-            config=settings,
-            dist_init_required=False,
+            model=module, optimizer=self._optimizer(module, plan, device), config=settings, mpu=groups
         )
-        return DeepSpeedEngine(engine, module, stage=self._config.stage, plan=plan, rank=rank)
+        return DeepSpeedEngine(engine, module, groups=groups, shares=shares, plan=plan)
+
+    def _settings(self, plan: Plan) -> dict[str, Any]:
+        return {key: value for key, (value, _) in self._config.engine_config(plan).items()}
+
+    def _cut(self, module: nn.Module, model: Model, groups: Groups) -> dict[str, Share]:
+        size = groups.layout.tensor_parallel_size
+        if size == 1:
+            return {}
+        return cut(module, model.tensor_plan(module), rank=groups.coordinate.tensor, size=size, group=groups.tensor)
+
+    def _optimizer(self, module: nn.Module, plan: Plan, device: torch.device) -> torch.optim.Optimizer:
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        steps_on = "cpu" if self._config.offload_optimizer else device.type
+        decaying = parameter_groups(trained, weight_decay=plan.recipe.optim.weight_decay)
+        return build(plan.recipe.optim, decaying, device_type=steps_on)
 
 
-def _avoid_shared_memory_op() -> None:
+class Partitioning:
+    """Stage 3: leaves of each parameter this rank's partition, as soon as it is placed. Collective, like ZeRO's own."""
+
+    def __init__(self, groups: Groups, settings: Mapping[str, Any]) -> None:
+        self._groups, self._settings = groups, dict(settings)
+        self._first: nn.Parameter | None = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        if self._first is not None:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+            return
+        self._first = parameter
+        deepspeed.zero.Init(
+            module=nn.ParameterList([parameter]),
+            data_parallel_group=self._groups.replicas,
+            config_dict_or_path=self._settings,
+            mpu=self._groups,
+        )
+
+
+def prepare_deepspeed() -> None:
     """Use torch's collectives instead of an operator compiled for minutes at first use.
 
     A killed build leaves a lock file on which every later process would wait for ever, without a message.
@@ -69,19 +100,46 @@ def _avoid_shared_memory_op() -> None:
         comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
 
 
-class DeepSpeedEngine:
-    """One rank of a ZeRO job. Stage 0 keeps torch's own optimizer; the others wrap it in sharded fp32 masters."""
+def check_drives() -> None:
+    """Raise ResourceError where DeepSpeed cannot read and write local drives asynchronously."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    def __init__(self, engine: Any, module: nn.Module, *, stage: int, plan: Plan, rank: int) -> None:
-        self._engine, self.module, self._stage, self._rank = engine, module, stage, rank
-        self._ranks = plan.layout.data_parallel_size
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ResourceError(
+            f"strategy.offload_optimizer and offload_param: nvme needs libaio with its headers on every node, and "
+            f"{platform.node()} has none: apt install libaio-dev, or offload to cpu"
+        )
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Return the device that this rank computes on."""
+    if not plan.recipe.scaling.use_gpu:
+        return torch.device("cpu")
+    from ray.train.torch import get_device
+
+    return get_device()
+
+
+class DeepSpeedEngine:
+    """One rank of a ZeRO job, which may share its replica's layers with others of its tensor-parallel group."""
+
+    def __init__(
+        self, engine: Any, module: nn.Module, *, groups: Groups, shares: Mapping[str, Share], plan: Plan
+    ) -> None:
+        self._engine, self.module, self._groups, self._shares = engine, module, groups, shares
+        self._ranks = _divisor(engine, groups)
+        self._slices = Slices(module, groups) if groups.layout.sequence_parallel_size > 1 else None
         self._accumulation = plan.gradient_accumulation_steps
+        self._max_norm = plan.recipe.optim.max_grad_norm
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._sharded = stage > 0
-        """Whether DeepSpeed holds fp32 masters apart from the module's parameters."""
-        self._norm = 0.0
-        if self._sharded:
-            self._materialise()
+        self._scaled = plan.recipe.train.precision == "fp16"
+        self._state = ShardedState(
+            engine,
+            self._trained,
+            shares=shares,
+            parts=lambda shape: state_parts(plan.recipe.optim, shape),
+            speaks=groups.get_sequence_data_parallel_rank() == 0,
+        )
 
     # ---- steps
 
@@ -91,32 +149,71 @@ class DeepSpeedEngine:
             group["lr"] = lr
         loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for microbatch in microbatches:
-            torch.manual_seed(microbatch.seed)
-            share = self._engine(**self._move(microbatch)).loss * microbatch.weight
-            # backward() divides by the accumulation steps and reduction by the ranks; the shares need neither.
-            self._engine.backward(share * self._accumulation * self._ranks)
-            if not self._sharded and self._engine.is_gradient_accumulation_boundary():
-                self._norm = self._reduced_norm()
-            self._engine.step()
-            loss += share.detach().double()
-        if self._ranks > 1:
-            dist.all_reduce(loss)
-        norm = self._engine.get_global_grad_norm() if self._sharded else self._norm
-        return {"loss": loss.item(), "grad_norm": float(norm)}
+            loss += self._backward(microbatch)
+            norm = self._step()
+        dist.all_reduce(loss, group=self._groups.replicas)
+        if self._slices is not None:
+            self._slices.check()
+        return {"loss": loss.item(), **self._outcome(norm)}
 
-    def _reduced_norm(self) -> float:
-        """Stage 0 in fp32 tells no norm; its gradients are whole and reduced when the last backward() returns."""
-        grads = [p.grad for p in self._trained.values() if p.grad is not None]
-        return float(
-            torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
-        )
+    def _backward(self, microbatch: Microbatch) -> torch.Tensor:
+        """Add a microbatch's gradients; return its share of the global loss."""
+        torch.manual_seed(microbatch.seed ^ self._groups.coordinate.sequence << 32)  # slices drop other places
+        share = self._engine(**self._features(microbatch)).loss * microbatch.weight
+        # backward() divides by the accumulation steps and reduction by ranks; the shares need neither.
+        self._engine.backward(share * self._accumulation * self._ranks)
+        return share.detach().double()
+
+    def _step(self) -> float:
+        """Update at the last microbatch of a step; return the gradients' norm before clipping, 0 elsewhere."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return 0.0
+        if self._state.masters:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = self._clip()
+        self._engine.step()
+        return norm
+
+    def _clip(self) -> float:
+        """Scale the gradients of stage 0, which are whole and reduced by now, down to the limit; return their norm.
+
+        DeepSpeed's own clipping tells no norm there, and sums it in fp32.
+        """
+        parts, wholes = self._squares(shared=True), self._squares(shared=False)
+        dist.all_reduce(parts, group=self._groups.tensor)
+        norm = (parts + wholes).sqrt()
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._max_norm, norm.float())
+        return norm.item()
+
+    def _squares(self, *, shared: bool) -> torch.Tensor:
+        """Return the sum of squares of the gradients that tensor-parallel ranks share, or of those each has whole."""
+        total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        for parameter in self._trained.values():
+            if parameter.grad is not None and getattr(parameter, "tensor_model_parallel", False) == shared:
+                total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+        return total
+
+    def _outcome(self, norm: float) -> dict[str, float]:
+        """Return what a step reports of its gradients. One that overflowed in fp16 has updated nothing."""
+        if not self._scaled:
+            return {"grad_norm": norm}
+        skipped = bool(self._engine.optimizer.overflow)
+        scale = float(self._engine.optimizer.cur_scale)
+        return {"grad_norm": 0.0 if skipped else norm, "skipped": float(skipped), "loss_scale": scale}
 
     @torch.no_grad()
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
         self._engine.eval()
-        output = self._engine(**self._move(microbatch))
-        loss = float("nan") if output.loss is None else output.loss.item()
-        return loss, output.logits.float().cpu().numpy() if logits else None
+        output = self._engine(**self._features(microbatch))
+        loss = torch.tensor(float("nan"), device=self._engine.device) if output.loss is None else output.loss
+        answer = output.logits.float()
+        if self._slices is not None:
+            dist.all_reduce(loss, group=self._groups.sequence)
+            answer = self._slices.whole(answer, length=microbatch.features["input_ids"].shape[1])
+        return loss.item(), answer.cpu().numpy() if logits else None
 
     # ---- ranks
 
@@ -131,95 +228,50 @@ class DeepSpeedEngine:
     # ---- state
 
     def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
-        """Gather one tensor at a time; rank 0 writes it."""
-        for name, parameter in self._trained.items():
-            yield name, "weight", self._mine(safe_get_full_fp32_param(parameter) if self._sharded else parameter.data)
-            for part in MOMENTS:
-                yield name, part, self._mine(self._moment(parameter, part))
-        for name, buffer in self._buffers().items():
-            yield name, "weight", self._mine(buffer)
-
-    def _moment(self, parameter: nn.Parameter, part: Part) -> torch.Tensor:
-        if self._sharded:
-            return safe_get_full_optimizer_state(parameter, part)
-        return self._base().state[parameter].get(part, torch.zeros_like(parameter))
-
-    def _mine(self, tensor: torch.Tensor) -> np.ndarray | None:
-        if self._rank != 0:
-            return None
-        return (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().numpy()
+        yield from self._state.tensors()
+        first = dist.get_rank() == 0
+        for name, buffer in saved_buffers(self.module).items():
+            yield name, "weight", buffer.detach().cpu().numpy() if first else None
 
     def load_tensors(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:
-        if self._sharded:
-            self._load_sharded(read)
-        else:
-            self._load_whole(read)
-        for name, buffer in self._buffers().items():
+        self._state.load(read, step=step)
+        for name, buffer in saved_buffers(self.module).items():
             buffer.copy_(torch.from_numpy(read(name, "weight")))
-        for state in self._base().state.values():
-            state["step"] = torch.tensor(float(step))
 
-    def _load_sharded(self, read: Callable[[str, Part], np.ndarray]) -> None:
-        for name, parameter in self._trained.items():
-            weight = torch.from_numpy(read(name, "weight")).to(self._engine.device)
-            safe_set_full_fp32_param(parameter, weight)
-            self._set_working_copy(parameter, weight)
-            for part in MOMENTS:
-                safe_set_full_optimizer_state(
-                    parameter, torch.from_numpy(read(name, part)).to(self._engine.device), part
-                )
+    def scalars(self) -> dict[str, float]:
+        """Return the loss scale of fp16, the steps since it last changed for the worse, and those skipped in all."""
+        if not self._scaled:
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        clean, skipped = scaler.cur_iter - scaler.last_overflow_iter - 1, self._engine.skipped_steps
+        return {"loss_scale": float(scaler.cur_scale), "clean_steps": float(clean), "skipped_steps": float(skipped)}
 
-    def _load_whole(self, read: Callable[[str, Part], np.ndarray]) -> None:
-        for name, parameter in self._trained.items():
-            parameter.data.copy_(torch.from_numpy(read(name, "weight")))
-            self._base().state[parameter] = {
-                part: torch.from_numpy(read(name, part)).to(self._engine.device) for part in MOMENTS
-            }
-
-    def _set_working_copy(self, parameter: nn.Parameter, weight: torch.Tensor) -> None:
-        """The copy that forward uses is separate from the master, in fp32 too."""
-        if self._stage < 3:
-            parameter.data.copy_(weight)
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Called after load_tensors: steps that were skipped are none of the optimizer's."""
+        if not (self._scaled and scalars):
             return
-        with GatheredParameters([parameter], modifier_rank=0):
-            if self._rank == 0:
-                parameter.data.copy_(weight)
-
-    def _materialise(self) -> None:
-        """Create Adam's moments, as zeros, before the first step.
-
-        ZeRO links parameters to their moments once, after the first of its parameter groups has stepped, when the
-        others have none yet: without this the moments of all but the first group could not be read or set.
-        """
-        base = self._base()
-        for partition in self._partitions():
-            base.state[partition] = {
-                "step": torch.tensor(0.0),
-                **{part: torch.zeros_like(partition) for part in MOMENTS},
-            }
-        if self._stage < 3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _partitions(self) -> list[torch.Tensor]:
-        """This rank's flat fp32 masters, to which the base optimizer's state belongs."""
-        if self._stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [partition for group in self._base().param_groups for partition in group["params"]]
-
-    def _base(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.optimizer
-        return optimizer.optimizer if self._sharded else optimizer
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """Saved buffers: what a state dict holds besides parameters."""
-        kept = dict(self.module.named_buffers())
-        names = sorted(self.module.state_dict().keys() & kept.keys()) if kept else []
-        return {name: kept[name] for name in names if kept[name].numel()}
+        scaler, skipped = self._engine.optimizer.loss_scaler, int(scalars["skipped_steps"])
+        scaler.cur_scale = scalars["loss_scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = int(scalars["clean_steps"]), -1
+        self._engine.skipped_steps = skipped
+        self._state.count(self._state.steps - skipped)
 
     def peak_memory(self) -> int:
         if self._engine.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._engine.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _move(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
-        return {key: torch.from_numpy(value).to(self._engine.device) for key, value in microbatch.features.items()}
+    def _features(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
+        """Return what this rank's forward pass takes, on its device."""
+        features = {key: torch.from_numpy(v).to(self._engine.device) for key, v in microbatch.features.items()}
+        return features if self._slices is None else self._slices.mine(features)
+
+
+def _divisor(engine: Any, groups: Groups) -> int:
+    """Return what DeepSpeed divides the sum of gradients by.
+
+    Slices of one sample are parts of one gradient, and stages 0 to 2 leave them out of the average; the reduce-scatter
+    of stage 3 averages over every rank it reduces over.
+    """
+    averaged = engine.zero_optimization_stage() == 3
+    return groups.get_sequence_data_parallel_world_size() if averaged else groups.layout.data_parallel_size
