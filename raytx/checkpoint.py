@@ -54,6 +54,8 @@ class State:
     """The evaluation of this very step; empty when there was none."""
     seconds: float = 0.0
     """Wall-clock seconds spent in training, over all attempts."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """The engine's own numbers, such as the loss scale of fp16."""
 
 
 class Checkpoint:

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from rich.console import Console
 
 from raytx import ray_internals
@@ -126,6 +127,29 @@ def totals() -> list[dict[str, float]]:
 def free() -> list[dict[str, float]]:
     """Return what is unreserved on each live node."""
     return list(ray_internals.available_resources_per_node().values())
+
+
+def placed(one: Resources, *, num_workers: int, placement_strategy: str, wait_s: float) -> list[str]:
+    """Return the node that each rank would get now: Ray is asked for the places, and they are given back at once.
+
+    Raises ResourceError when they are not to be had within the time.
+    """
+    group = placement_group([dict(one)] * num_workers, strategy=placement_strategy)
+    try:
+        if not group.wait(timeout_seconds=wait_s):
+            raise ResourceError(_state(one, num_workers, possible=False))
+        bundles = placement_group_table(group)["bundles_to_node_id"]
+    finally:
+        remove_placement_group(group)
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    nodes = [bundles[place] for place in sorted(bundles)]
+    order = list(dict.fromkeys(nodes))  # Ray Train numbers ranks node by node
+    return [node_name(addresses[node], node) for node in sorted(nodes, key=order.index)]
+
+
+def node_name(address: str, node_id: str) -> str:
+    """Return what people call a node: its address, and the start of its id, as nodes may share a machine."""
+    return f"{address} ({node_id[:6]})"
 
 
 # ------------------------------------------------------------------------------------------------------ connect

@@ -7,17 +7,17 @@ carries as its lineage. Nothing after this module opens the recipe file again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raytx import __version__
+from raytx import __version__, optimizer, schedule
 from raytx.components import Component, ModelSize, StrategyConfig
 from raytx.errors import PluginError, RecipeError, ResourceError, did_you_mean
 from raytx.files import digest
 from raytx.layout import Layout
-from raytx.memory import Memory, estimate
+from raytx.memory import Memory, estimate, estimate_stages
 from raytx.recipe import Recipe, parse
 from raytx.registry import registry
 
@@ -35,7 +35,10 @@ class Plan:
     plugins: dict[str, str]
     """Version of each plugin's distribution; workers refuse another."""
     size: ModelSize
-    memory: Memory
+    memory: tuple[Memory, ...]
+    """Bytes that one rank holds: of each pipeline stage, where there are any."""
+    stages: tuple[tuple[int, int], ...] = ()
+    """Pieces [first, last) of the model that each pipeline stage holds; empty where nothing is cut."""
     origins: dict[str, str] = field(default_factory=dict)
     """Where each value of the recipe came from: recipe, override or default."""
     steps: int | None = None
@@ -56,20 +59,12 @@ class Plan:
 
     @property
     def warmup_steps(self) -> int:
-        warmup = self.recipe.optim.warmup
-        return round(warmup * (self.steps or 0)) if warmup < 1 else int(warmup)
+        return schedule.warmup_steps(self.recipe.optim, steps=self.steps or 0)
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of an update, counted from 0; linear and cosine reach zero after the last one."""
-        optim, warmup = self.recipe.optim, self.warmup_steps
-        if step < warmup:
-            return optim.lr * (step + 1) / warmup
+        """Return the learning rate of an update, counted from 0; what falls reaches its floor after the last one."""
         assert self.steps is not None
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return (
-            optim.lr
-            * {"constant": 1.0, "linear": 1.0 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.schedule]
-        )
+        return schedule.lr(self.recipe.optim, step, steps=self.steps, warmup=self.warmup_steps)
 
     def better(self, value: float, than: float | None) -> bool:
         """Tell whether a value of the metric beats another; any number beats none, and nan beats nothing."""
@@ -81,7 +76,7 @@ class Plan:
         """Return the plan with what the prepared data settles: steps an epoch and steps in all."""
         per_epoch = math.ceil(num_samples / self.recipe.train.global_batch_size)
         steps = self.recipe.train.steps or max(1, round((self.recipe.train.epochs or 1.0) * per_epoch))
-        _check_warmup(self.recipe, steps)
+        _check_schedule(self.recipe, steps)
         return replace(self, steps=steps, steps_per_epoch=per_epoch, num_samples=num_samples, prepared=str(directory))
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +91,8 @@ class Plan:
             "metric_mode": self.metric_mode,
             "plugins": self.plugins,
             "size": asdict(self.size),
-            "memory": asdict(self.memory),
+            "memory": [asdict(stage) for stage in self.memory],
+            "stages": self.stages,
             "origins": self.origins,
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
@@ -113,8 +109,9 @@ class Plan:
                 **data,
                 "recipe": parse(data["recipe"], where="plan"),
                 "layout": Layout(**data["layout"]),
-                "size": ModelSize(**data["size"]),
-                "memory": Memory(**data["memory"]),
+                "size": ModelSize(**{**data["size"], "pieces": tuple(data["size"]["pieces"])}),
+                "memory": tuple(Memory(**stage) for stage in data["memory"]),
+                "stages": tuple((first, last) for first, last in data["stages"]),
             }
         )
 
@@ -147,26 +144,24 @@ def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan
     _check_files(recipe)
     _check_tags(recipe)
     _check_exports(recipe)
-    _check_warmup(recipe, recipe.train.steps)
+    _check_schedule(recipe, recipe.train.steps)
+    if (refusal := optimizer.refusal(recipe)) is not None:
+        raise RecipeError(refusal)
     if (refusal := recipe.strategy.refusal(recipe)) is not None:
         raise RecipeError(f"strategy.type={recipe.strategy.type}: {refusal}")
     layout = _layout(recipe)
     accumulation = _accumulation(recipe, layout)
     metric, mode = _metric(recipe)
     size = recipe.model.size()
+    if (misfit := recipe.strategy.misfit(recipe, layout, size)) is not None:
+        raise RecipeError(f"strategy.type={recipe.strategy.type}: {misfit}")
     if size.context_length is not None and recipe.train.max_length > size.context_length:
         raise RecipeError(
             f"train.max_length={recipe.train.max_length} is more than the {size.context_length} positions the model has"
         )
-    memory = estimate(
-        size,
-        recipe.strategy.shares(layout),
-        micro_batch_size=recipe.train.micro_batch_size,
-        max_length=recipe.train.max_length,
-        precision=recipe.train.precision,
-        activation_checkpointing=recipe.train.activation_checkpointing,
-    )
-    resources = _resources(recipe, memory)
+    stages = recipe.strategy.stages(layout, size)
+    memory = _memory(recipe, layout, size, stages, accumulation)
+    resources = _resources(recipe, max(memory, key=lambda stage: stage.total))
     return Plan(
         recipe=recipe,
         layout=layout,
@@ -176,6 +171,7 @@ def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan
         metric_mode=mode,
         plugins=_plugins(recipe),
         size=size,
+        stages=stages,
         memory=memory,
         origins=dict(origins or _origins(recipe)),
         steps=recipe.train.steps,
@@ -191,6 +187,23 @@ def _layout(recipe: Recipe) -> Layout:
             f"scaling.num_workers is {world_size}"
         )
     return layout
+
+
+def _memory(
+    recipe: Recipe, layout: Layout, size: ModelSize, stages: Sequence[tuple[int, int]], accumulation: int
+) -> tuple[Memory, ...]:
+    """Estimate a rank's bytes: one estimate, or one for each pipeline stage."""
+    shares = recipe.strategy.shares(layout)
+    options: Any = {
+        "micro_batch_size": recipe.train.micro_batch_size,
+        "max_length": recipe.train.max_length,
+        "precision": recipe.train.precision,
+        "activation_checkpointing": recipe.train.activation_checkpointing,
+        "optim": recipe.optim,
+    }
+    if not stages:
+        return (estimate(size, shares, **options),)
+    return estimate_stages(size, shares, stages=stages, gradient_accumulation_steps=accumulation, **options)
 
 
 def _accumulation(recipe: Recipe, layout: Layout) -> int:
@@ -265,12 +278,9 @@ def _check_tags(recipe: Recipe) -> None:
                 )
 
 
-def _check_warmup(recipe: Recipe, steps: int | None) -> None:
-    if steps is not None and recipe.optim.warmup >= max(steps, 1):
-        raise RecipeError(
-            f"optim.warmup={recipe.optim.warmup:g} steps, but training has {steps}: optim.lr would never be reached. "
-            "Give fewer, or a share of all steps such as 0.1"
-        )
+def _check_schedule(recipe: Recipe, steps: int | None) -> None:
+    if steps is not None and (refusal := schedule.refusal(recipe.optim, steps=max(steps, 1))) is not None:
+        raise RecipeError(refusal)
 
 
 def _check_exports(recipe: Recipe) -> None:

@@ -1,15 +1,17 @@
-"""How the ranks of a local cluster find each other: through a file, as torch's store would listen to everybody.
+"""How the ranks of a run find each other: on a local cluster through a file, on others at the addresses of their nodes.
 
 torch's TCPStore binds to all interfaces and asks for no token. On a cluster that one machine is, a file does as well.
 """
 
 from __future__ import annotations
 
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
@@ -48,3 +50,33 @@ class FileTorchConfig(TorchConfig):  # type: ignore[misc]
     @property
     def backend_cls(self) -> type[_FileBackend]:
         return _FileBackend
+
+
+class _AddressedBackend(_TorchBackend):  # type: ignore[misc]
+    """Ray Train's torch backend, with gloo listening where Ray does."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_listen_at_the_nodes_address)
+        super().on_start(worker_group, backend_config)
+
+
+def _listen_at_the_nodes_address() -> None:
+    """Tell gloo the interface of the node's address, unless the cluster's owner chose one.
+
+    By itself it takes the address that the machine's name stands for, which many systems make a loopback one: ranks of
+    other nodes would then be refused.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+class AddressedTorchConfig(TorchConfig):  # type: ignore[misc]
+    """Ray Train's TorchConfig for ranks on nodes that reach each other."""
+
+    @property
+    def backend_cls(self) -> type[_AddressedBackend]:
+        return _AddressedBackend

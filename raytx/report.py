@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from raytx.files import read_json, write_text
+from raytx.layout import Layout
 
 REPORT = "report.html"
 MAX_POINTS = 1000
@@ -31,6 +32,8 @@ class Run:
     evaluations: list[Record] = field(default_factory=list)
     baselines: list[Record] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+    """Node of each rank of the last attempt."""
     environment: Record = field(default_factory=dict)
     parity: Any = None
     compression: Any = None
@@ -56,6 +59,7 @@ def read_run(run_dir: Path) -> Run:
         steps=_by_step(records, "step"),
         evaluations=_by_step(records, "eval"),
         baselines=[record for record in records if record.get("kind") == "baseline"],
+        nodes=next((record["nodes"] for record in reversed(records) if record.get("kind") == "placed"), []),
         resumed=[record["step"] for record in records if record.get("kind") == "resumed" and "step" in record],
         environment=_json(run_dir / "environment.json") or {},
         parity=_json(run_dir / "parity.json"),
@@ -116,6 +120,7 @@ def page(run: Run) -> str:
         ("Compression", _table(_rows(run.compression, "step"))),
         ("Artifacts", _table(run.artifacts)),
         ("Plan", _plan(run.plan)),
+        ("Ranks", _table(_ranks(run))),
         ("Recipe", _recipe(run.plan)),
         ("Environment", _table(_pairs(run.environment))),
     ]
@@ -182,9 +187,28 @@ def _plan(plan: Record) -> str:
         "accumulation": plan.get("gradient_accumulation_steps"),
         **{key.replace("_", " "): value for key, value in layout.items()},
     }
-    memory = {name: size_text(value) for name, value in (plan.get("memory") or {}).items()}
+    memory = _largest_stage(plan.get("memory") or [])
     held = _table([{"a rank holds, by estimate": name, "bytes": value} for name, value in memory.items()])
     return f'<div class="pair">{_table(_pairs(batch))}{held}</div>'
+
+
+def _ranks(run: Run) -> list[Record]:
+    """Return where each rank of the last attempt ran, and its place in the grid."""
+    layout = Layout(**(run.plan.get("layout") or {}))
+    if len(run.nodes) != layout.world_size:
+        return []
+    used = {name for name, count in asdict(layout).items() if count > 1}
+    return [
+        {"node": node, "rank": str(rank)}
+        | {name: str(at) for name, at in asdict(layout.coordinate(rank)).items() if f"{name}_parallel_size" in used}
+        for rank, node in enumerate(run.nodes)
+    ]
+
+
+def _largest_stage(memory: Sequence[Record]) -> dict[str, str]:
+    """The rank that holds most is the one that must fit."""
+    largest = max(memory, key=lambda stage: sum(stage.values()), default={})
+    return {name: size_text(value) for name, value in largest.items()}
 
 
 def _recipe(plan: Record) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,14 +15,17 @@ from raytx.plan import Plan, strategy_settings
 MAX_RANKS_SHOWN = 64
 
 
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print everything that `raytx train` would do, top to bottom in the order in which it happens."""
+def show_plan(plan: Plan, console: Console, *, nodes: Sequence[str] | None = None) -> None:
+    """Print everything that `raytx train` would do, top to bottom in the order in which it happens.
+
+    `nodes` names the node of each rank, where a cluster was asked.
+    """
     console.print(f"[bold]{plan.recipe.name}[/] -> {plan.run_dir}\n", highlight=False, soft_wrap=True)
     console.print(_values(plan))
     console.print(f"\n[bold]batch[/]      {_batch(plan)}", highlight=False)
     console.print(f"[bold]steps[/]      {_steps(plan)}", highlight=False)
     console.print(f"[bold]placement[/]  {_placement(plan)}\n", highlight=False)
-    console.print(_grid(plan))
+    console.print(_grid(plan, nodes))
     console.print()
     console.print(_memory(plan))
     if settings := strategy_settings(plan):
@@ -71,25 +74,52 @@ def _placement(plan: Plan) -> str:
     return f"{plan.world_size} bundles of {{{bundle}}}, {plan.recipe.scaling.placement_strategy}"
 
 
-def _grid(plan: Plan) -> Table:
-    """The grid as Ray numbers ranks: consecutive ranks share a node."""
+def _grid(plan: Plan, nodes: Sequence[str] | None) -> Table:
+    """The grid as Ray numbers ranks: consecutive ranks share a node. Which one, only a cluster can tell."""
     table = Table(box=None, header_style="bold")
-    for title in ("rank", "pipeline", "data", "tensor"):
+    if nodes:
+        table.add_column("node")
+    for title in ("rank", "pipeline", "data", "sequence", "tensor"):
         table.add_column(title, justify="right")
+    table.add_column("holds")
+    table.add_column("bytes", justify="right")
     for rank in range(min(plan.world_size, MAX_RANKS_SHOWN)):
         place = plan.layout.coordinate(rank)
-        table.add_row(str(rank), str(place.pipeline), str(place.data), str(place.tensor))
+        numbers = (rank, place.pipeline, place.data, place.sequence, place.tensor)
+        memory = plan.memory[place.pipeline if plan.stages else 0]
+        table.add_row(
+            *nodes[rank : rank + 1] if nodes else (),
+            *map(str, numbers),
+            held(plan, place.pipeline),
+            f"{memory.total:,}",
+        )
     if plan.world_size > MAX_RANKS_SHOWN:
-        table.add_row("...", "", "", "")
+        table.add_row("...")
     return table
 
 
+def held(plan: Plan, stage: int) -> str:
+    """Return in words which part of the model the ranks of a pipeline stage hold."""
+    if not plan.stages:
+        return "all layers"
+    first, last = plan.stages[stage]
+    head = len(plan.size.pieces) - 1  # the embedding is piece 0, layer n is piece n + 1
+    layers = range(max(first, 1) - 1, min(last, head) - 1)
+    parts = ["embedding"] if first == 0 else []
+    if layers:
+        parts.append(f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}")
+    return ", ".join(parts + (["head"] if last > head else []))
+
+
 def _memory(plan: Plan) -> Table:
+    """Bytes of a rank; of a rank of each stage, where the model is cut for a pipeline."""
     table = Table(box=None, header_style="bold")
     table.add_column("bytes per rank")
-    table.add_column("bytes", justify="right")
-    for name, amount in plan.memory.to_dict().items():
-        table.add_row("activations (estimate)" if name == "activations" else name, f"{amount:,}")
+    for stage in range(len(plan.memory)):
+        table.add_column(f"stage {stage}" if plan.stages else "bytes", justify="right")
+    for name in plan.memory[0].to_dict():
+        amounts = [f"{memory.to_dict()[name]:,}" for memory in plan.memory]
+        table.add_row("activations (estimate)" if name == "activations" else name, *amounts)
     return table
 
 

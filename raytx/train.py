@@ -29,7 +29,7 @@ from raytx.journal import Display, Journal
 from raytx.plan import Plan, resolve
 from raytx.prepare import Prepared, prepare
 from raytx.recipe import Recipe, load
-from raytx.rendezvous import FileTorchConfig
+from raytx.rendezvous import AddressedTorchConfig, FileTorchConfig
 from raytx.report import write_report
 
 QUEUE_LIMIT = 10_000
@@ -202,7 +202,7 @@ def _process_group(plan: Plan) -> TorchConfig:
     backend = "nccl" if plan.recipe.scaling.use_gpu else "gloo"
     if cluster.started_here():
         return FileTorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S, directory=str(plan.run_dir / ".ray"))
-    return TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
+    return AddressedTorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -226,6 +226,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
             log=sender.log,
             flush=sender.flush,
             report=lambda metrics: ray.train.report(dict(metrics)),
+            node=cluster.node_name(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()),
         )
         try:
             return {"step": worker.train(plan, session).step}

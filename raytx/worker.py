@@ -39,6 +39,8 @@ class Session:
     """Return when what was logged is on disk. Called on rank 0 only, before a checkpoint."""
     report: Callable[[dict[str, float]], None]
     """Take an evaluation's metrics. Called by every rank, equally often: Ray Train requires it."""
+    node: str = ""
+    """Where this rank runs, for people."""
 
 
 def train(plan: Plan, session: Session) -> State:
@@ -51,18 +53,17 @@ def train(plan: Plan, session: Session) -> State:
     strategy = plan.recipe.strategy.build()
     random.seed(plan.recipe.train.seed)
     np.random.seed(plan.recipe.train.seed)
-    with strategy.init_context():
-        module = model.module(
-            prepared.processor,
-            seed=plan.recipe.train.seed,
-            activation_checkpointing=plan.recipe.train.activation_checkpointing,
-        )
+    module = model.structure(prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing)
+    weights = model.weights(module, prepared.processor, seed=plan.recipe.train.seed)
     for step in plan.recipe.compression:
         module = step.build().prepare(module)
-    engine = strategy.engine(module, plan=plan, rank=session.rank)
+    engine = strategy.engine(module, model=model, weights=weights, plan=plan, rank=session.rank)
     batches = Batches(plan, task, prepared.samples("train"), dp_rank=plan.layout.dp_rank(session.rank))
     loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"))
     state = restore(engine, plan, session)
+    nodes = engine.gather(session.node)
+    if session.rank == 0:
+        session.log({"kind": "placed", "step": state.step, "nodes": nodes})
     if session.rank == 0 and state.step == 0:
         session.log({"kind": "started", "step": 0})
         session.log({"kind": "baseline", "step": 0, **prepared.baseline})
@@ -81,6 +82,7 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
         return State()
     source = found or checkpoint.Checkpoint(Path(directory))
     engine.load_tensors(source.read, step=source.step)
+    engine.load_scalars(source.state.scalars)
     if session.rank == 0:
         session.log({"kind": "resumed", "step": source.step, "checkpoint": source.directory.name})
     state = source.state
@@ -156,6 +158,7 @@ class _Loop:
     def save(self, state: State) -> None:
         """Commit a checkpoint and remove those that need not stay."""
         started = time.monotonic()
+        state = replace(state, scalars=self.engine.scalars())
         run_dir = self.plan.run_dir
         if self.session.rank == 0:
             self.session.flush()
@@ -199,6 +202,6 @@ def evaluate(engine: Engine, task: Task, samples: Samples, *, plan: Plan, rank: 
         if targets:
             parts.append(task.evaluation(microbatch.features, loss, logits, targets))
     coordinate = plan.layout.coordinate(rank)
-    speaks = coordinate.tensor == 0 and coordinate.pipeline == plan.layout.pipeline_parallel_size - 1
+    speaks = not (coordinate.tensor or coordinate.sequence or coordinate.pipeline)  # one rank of each replica
     gathered = engine.gather(parts if speaks else [])
     return task.metrics([part for of_rank in gathered for part in of_rank])

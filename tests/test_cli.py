@@ -165,7 +165,7 @@ def test_plan_prints_origins_batch_grid_memory_and_settings(raytx, recipe):
     code, text = raytx("plan", path, "--json")
     plan = json.loads(text)
     assert plan["strategy_settings"]["zero_optimization"]["stage"] == 1
-    assert plan["memory"]["parameters"] == 4 * plan["size"]["parameters"]
+    assert plan["memory"][0]["parameters"] == 4 * plan["size"]["parameters"]
 
 
 def test_init_writes_an_example_that_loads_and_never_overwrites(raytx, tmp_path, monkeypatch):

@@ -54,11 +54,11 @@ class Quarters(StrategyConfig):
     """Shards everything over a grid with two pipeline stages."""
 
     type: Literal["quarters"] = "quarters"
-    stages: int = 2
+    deep: int = 2
     """Pipeline stages."""
 
     def layout(self, world_size: int) -> Layout:
-        return Layout(data_parallel_size=world_size // self.stages, pipeline_parallel_size=self.stages)
+        return Layout(data_parallel_size=world_size // self.deep, pipeline_parallel_size=self.deep)
 
     def shares(self, layout: Layout) -> Shares:
         return Shares(parameters=4, gradients=4, optimizer=4, activations=2)
@@ -126,7 +126,7 @@ def test_only_data_parallel_ranks_share_the_batch() -> None:
 
 def test_a_grid_that_is_not_the_number_of_workers_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"runs on 3 workers, scaling.num_workers is 4"):
-        plan(strategy={"type": "quarters", "stages": 3})
+        plan(strategy={"type": "quarters", "deep": 3})
     with pytest.raises(RecipeError, match="single runs on 1 worker"):
         plan(strategy={"type": "single"})
 
@@ -176,7 +176,7 @@ def test_workers_reserve_a_cpu_or_what_the_recipe_says() -> None:
 
 
 def test_a_rank_that_needs_more_memory_than_it_may_have_is_refused() -> None:
-    need = plan().memory.total
+    need = plan().memory[0].total
     plan(scaling__resources_per_worker={"CPU": 1, "memory": need})
     with pytest.raises(ResourceError, match=f"{need:,} bytes"):
         plan(scaling__resources_per_worker={"CPU": 1, "memory": need - 1})
@@ -286,7 +286,7 @@ def test_each_value_knows_where_it_came_from() -> None:
 
 
 def test_shards_divide_what_a_rank_holds() -> None:
-    whole, quarter = plan().memory, plan(strategy={"type": "quarters"}).memory
+    (whole,), (quarter,) = plan().memory, plan(strategy={"type": "quarters"}).memory
     assert whole.parameters == 4 * quarter.parameters
     assert whole.optimizer == 4 * quarter.optimizer
     assert whole.activations == 2 * quarter.activations
@@ -294,14 +294,14 @@ def test_shards_divide_what_a_rank_holds() -> None:
 
 
 def test_bf16_halves_the_working_copies_and_adds_masters() -> None:
-    full, half = plan().memory, plan(train__precision="bf16").memory
+    (full,), (half,) = plan().memory, plan(train__precision="bf16").memory
     assert half.parameters * 2 == full.parameters
     assert half.gradients * 2 == full.gradients
     assert half.optimizer == full.optimizer + 4 * SIZE.trainable
 
 
 def test_recomputing_activations_saves_memory() -> None:
-    assert plan(train__activation_checkpointing=True).memory.activations < plan().memory.activations
+    assert plan(train__activation_checkpointing=True).memory[0].activations < plan().memory[0].activations
 
 
 def test_the_estimate_is_the_bytes_that_a_real_model_and_its_optimizer_take(tmp_path: Path) -> None:

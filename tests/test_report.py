@@ -26,7 +26,7 @@ PLAN: dict[str, Any] = {
     "steps": 30,
     "metric": "perplexity",
     "size": {"parameters": 1_234_567},
-    "memory": {"parameters": 4_938_268},
+    "memory": [{"parameters": 17}, {"parameters": 4_938_268}],
 }
 
 

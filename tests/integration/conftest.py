@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,48 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[Re
         return [[json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] for path in paths]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty labelled rows of unequal length."""
+    path = tmp_path_factory.mktemp("labelled") / "rows.csv"
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+    lines = [
+        f"{' '.join(words[(row * place) % 8] for place in range(1, 3 + row % 9))},{'good' if row % 3 else 'bad'}"
+        for row in range(60)
+    ]
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_workers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Sequence[Recipe]], list[list[dict[str, Any]]]]]:
+    """Train recipes one after the other, through Ray Train, in one group of workers for each world size."""
+    import ray
+    import ray_workers
+
+    from raytx import cluster
+
+    ray.cloudpickle.register_pickle_by_value(ray_workers)
+
+    def run(recipes: Sequence[Recipe]) -> list[list[dict[str, Any]]]:
+        plans = [prepared(recipe) for recipe in recipes]
+        logs: dict[str, list[dict[str, Any]]] = {}
+        for size in sorted({plan.world_size for plan in plans}):
+            group = [plan for plan in plans if plan.world_size == size]
+            found = ray_workers.train_all(group, tmp_path_factory.mktemp(f"workers{size}"))
+            logs |= {plan.recipe.name: log for plan, log in zip(group, found, strict=True)}
+        return [logs[plan.recipe.name] for plan in plans]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        cluster.connect(num_cpus=8)
+        yield run
+        ray.shutdown()
 
 
 def _launch(world_size: int, rendezvous: Path, plans: Sequence[Path]) -> None:

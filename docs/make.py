@@ -1,0 +1,134 @@
+"""Write the generated parts of docs/strategies.md: `python docs/make.py`, or `--check` to see whether they are current.
+
+The matrix comes from tests/integration/parity_matrix.py (what is tried), from the plan (what is refused, and why) and
+from docs/parity.json (what was measured): RAYTX_RECORD_PARITY=docs/parity.json pytest tests/integration/test_parity.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PAGE, MEASURED = HERE / "strategies.md", HERE / "parity.json"
+sys.path.insert(0, str(HERE.parent / "tests" / "integration"))
+
+import parity_matrix as matrix  # noqa: E402
+
+from raytx.errors import RecipeError  # noqa: E402
+from raytx.plan import Plan, resolve, strategy_settings  # noqa: E402
+from raytx.recipe import Recipe, parse  # noqa: E402
+
+EXAMPLES = [
+    ("ZeRO 1", {"type": "deepspeed", "stage": 1}, 2),
+    ("ZeRO 2, optimizer state on the host", {"type": "deepspeed", "stage": 2, "offload_optimizer": "cpu"}, 2),
+    ("ZeRO 3", {"type": "deepspeed", "stage": 3}, 2),
+    ("ZeRO 1 with tensor parallelism", {"type": "deepspeed", "stage": 1, "tensor_parallel_size": 2}, 4),
+    ("3D", {"type": "deepspeed-3d", "pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 8),
+]
+
+
+def main(*, check: bool) -> int:
+    """Write the page, or return 1 when it is not what would be written."""
+    old = PAGE.read_text(encoding="utf-8")
+    new = old
+    for name, section in SECTIONS.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        new = mark.sub(lambda found, text=section(): f"{found[1]}\n{text}\n\n{found[2]}", new)
+    if check:
+        return int(new != old)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+def compatibility() -> str:
+    """A row for each family, a column for each strategy; below it why pairs are refused."""
+    cases = [case for case in matrix.CASES if case.everywhere]
+    reasons: dict[str, list[str]] = {}
+    lines = [_row("family", *(case.label for case in cases)), _row(*["---"] * (len(cases) + 1))]
+    for family in matrix.FAMILIES:
+        cells = []
+        for case in cases:
+            reason = _refusal(family, case)
+            if reason is not None:
+                reasons.setdefault(reason, []).append(f"{family.name} under {case.label}")
+            cells.append("refused" if reason else "works")
+        lines.append(_row(f"{family.name} ({family.about})", *cells))
+    notes = [f"- {', '.join(pairs)}: {reason}" for reason, pairs in reasons.items()]
+    return "\n".join([*lines, "", "What is refused, in the words of `raytx plan`:", "", *notes])
+
+
+def differences() -> str:
+    """The largest relative difference to one process at any of twenty steps: loss / gradient norm."""
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    cases = [case.label for case in matrix.CASES if case.everywhere]
+    lines = [_row("family", *cases), _row(*["---"] * (len(cases) + 1))]
+    for family in matrix.FAMILIES:
+        lines.append(_row(family.name, *(_far(measured.get(family.name, {}).get(label)) for label in cases)))
+    others = [case.label for case in matrix.CASES if not case.everywhere]
+    lines += ["", "With our own decoder alone:", "", _row("strategy", "workers", "loss / norm"), _row(*["---"] * 3)]
+    own = measured.get(matrix.FAMILIES[0].name, {})
+    workers = {case.label: str(case.workers) for case in matrix.CASES}
+    return "\n".join([*lines, *(_row(label, workers[label], _far(own.get(label))) for label in others)])
+
+
+def settings() -> str:
+    """What `raytx plan` shows of DeepSpeed's settings, one example of each."""
+    parts = []
+    for title, strategy, workers in EXAMPLES:
+        plan = _plan(strategy, workers)
+        generated = {key: value for key, (value, _) in strategy_settings(plan).items()}
+        words = ", ".join(f"{key}: {value}" for key, value in strategy.items())
+        parts.append(
+            f"### {title}\n\n`strategy: {{{words}}}` on {workers} workers\n\n```json\n{json.dumps(generated, indent=2)}\n```"
+        )
+    return "\n\n".join(parts)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "compatibility": compatibility,
+    "differences": differences,
+    "settings": settings,
+}
+
+
+def _refusal(family: matrix.Family, case: matrix.Case) -> str | None:
+    values = matrix.values(family, case)
+    if "data" in values:
+        values["data"] = {**values["data"], "path": str(HERE / "parity.json")}  # any file will do: none is read
+    try:
+        resolve(_recipe().override(values))
+    except RecipeError as error:
+        return str(error)
+    return None
+
+
+def _plan(strategy: dict[str, object], workers: int) -> Plan:
+    return resolve(_recipe().override({"strategy": strategy, "scaling.num_workers": workers}))
+
+
+def _recipe() -> Recipe:
+    return parse(
+        {
+            "name": "docs",
+            "model": matrix.DECODER,
+            "data": {"type": "text-files", "path": str(HERE)},
+            "strategy": {"type": "single"},
+            "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "max_length": 32},
+        }
+    )
+
+
+def _far(pair: dict[str, float] | None) -> str:
+    return f"{pair['loss']:.0e} / {pair['grad_norm']:.0e}" if pair else "-"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv[1:]))
