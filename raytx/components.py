@@ -189,9 +189,9 @@ class Model(Protocol):
     def structure(self, directory: Path, *, activation_checkpointing: bool = False) -> Any:
         """Return the torch module on the meta device: everything but its numbers. Frozen parameters need no grad."""
 
-    def weights(self, module: Any, directory: Path, *, seed: int = 0) -> Weights:
-        """Return the reader of the starting weights of a structure: of every parameter and buffer, also of those that
-        no checkpoint holds.
+    def weights(self, directory: Path, *, seed: int = 0) -> Weights:
+        """Return the reader of the structure's starting weights: of every parameter and buffer, also of those that no
+        checkpoint holds.
 
         Each is read when it is asked for, so a rank reads no more than it keeps. Random ones are a function of seed and
         name: every rank starts alike, in any order of reading, and frozen ones are made again when a run is resumed or

@@ -86,7 +86,7 @@ def consolidate(
     with _staged(target) as staging, Stored(source) as stored:
         shutil.copytree(source.processor, staging, dirs_exist_ok=True)
         module = model.structure(source.processor)
-        starting = model.weights(module, source.processor, seed=plan.recipe.train.seed)
+        starting = model.weights(source.processor, seed=plan.recipe.train.seed)
         groups = model.consolidated(module, stored, starting, staging, dtype=dtype, adapter_only=adapter_only)
         groups = sorted(groups, key=_width, reverse=True)
         shards = arranged(groups) if adapter_only else arranged(groups, stem="model", limit=limit)

@@ -373,7 +373,7 @@ def _check_structure(config: Component, fitted: _Fitted, module: Any) -> None:
     _demand(not real, config, f"structure() must be on the meta device; {', '.join(real[:3])} take memory")
     whole = dict([*module.named_parameters(), *module.named_buffers()])
     _demand(tensors.keys() == whole.keys(), config, "structure() and module() have parameters of other names")
-    weights = fitted.model.weights(structure, fitted.directory, seed=0)
+    weights = fitted.model.weights(fitted.directory, seed=0)
     differ = [n for n in sorted(tensors, reverse=True) if not np.array_equal(weights(n), whole[n].detach().numpy())]
     _demand(not differ, config, f"weights() gives other values than module() has: {', '.join(differ[:3])}")
 
@@ -711,7 +711,7 @@ def _bench(config: Any) -> _Bench:
     plan, prepared = prepare(resolve(tiny_recipe(strategy=config)), Console(quiet=True))
     model, strategy = plan.recipe.model.build(), config.build()
     module = model.structure(prepared.processor)
-    weights = model.weights(module, prepared.processor)
+    weights = model.weights(prepared.processor)
     engine = strategy.engine(module, model=model, weights=weights, plan=plan, rank=0)
     batches = Batches(plan, model.task(prepared.processor), prepared.samples("train"), dp_rank=0)
     return _Bench(engine, batches, lr=plan.recipe.optim.lr)

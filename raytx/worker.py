@@ -54,7 +54,7 @@ def train(plan: Plan, session: Session) -> State:
     random.seed(plan.recipe.train.seed)
     np.random.seed(plan.recipe.train.seed)
     module = model.structure(prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing)
-    weights = model.weights(module, prepared.processor, seed=plan.recipe.train.seed)
+    weights = model.weights(prepared.processor, seed=plan.recipe.train.seed)
     for step in plan.recipe.compression:
         module = step.build().prepare(module)
     engine = strategy.engine(module, model=model, weights=weights, plan=plan, rank=session.rank)

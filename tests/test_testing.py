@@ -207,10 +207,10 @@ class FaultyBody:
             module.register_forward_pre_hook(lambda layer, given, named: (given, _straight(named)), with_kwargs=True)
         return module
 
-    def weights(self, module: Any, directory: Path, **options: Any) -> Any:
+    def weights(self, directory: Path, **options: Any) -> Any:
         if self.fault == "weights":
             options["seed"] = 1
-        return self.body.weights(module, directory, **options)
+        return self.body.weights(directory, **options)
 
     def structure(self, directory: Path, **options: Any) -> Any:
         return self.body.module(directory) if self.fault == "structure" else self.body.structure(directory, **options)

@@ -68,7 +68,7 @@ class HFBody:
 
     def module(self, directory: Path, *, seed: int = 0, activation_checkpointing: bool = False) -> Any:
         module = self.structure(directory, activation_checkpointing=activation_checkpointing)
-        weights = self._weights(module, directory, seed=seed)
+        weights = self._weights(directory, seed=seed)
         place(module, lambda name, meta: _filled(meta, weights(name)))
         return module
 
@@ -83,8 +83,8 @@ class HFBody:
         with torch.device("meta"):
             return adapter.adapted(module, self.config.adapter, task=self.config.task)
 
-    def weights(self, module: Any, directory: Path, *, seed: int = 0) -> Weights:
-        return reader(self._weights(module, directory, seed=seed))
+    def weights(self, directory: Path, *, seed: int = 0) -> Weights:
+        return reader(self._weights(directory, seed=seed))
 
     def tensor_plan(self, module: Any) -> TensorPlan:
         from raytx_hf.tensor_plan import plan_of
@@ -107,11 +107,12 @@ class HFBody:
                 )
         return module
 
-    def _weights(self, module: Any, directory: Path, *, seed: int) -> Callable[[str], torch.Tensor]:
+    def _weights(self, directory: Path, *, seed: int) -> Callable[[str], torch.Tensor]:
+        """Return the reader. It goes by structures of its own: the strategy will cut the one it is given."""
         plain = self._plain(directory)
         drawn = Drawn(plain, lambda: from_config(self.config, self._settled(directory)), seed=seed)
         base = Stored(self.config, plain, drawn) if self.config.path is not None else drawn
-        return base if self.config.adapter is None else Adapted(module, base, seed=seed)
+        return base if self.config.adapter is None else Adapted(self.structure(directory), base, seed=seed)
 
     def _settled(self, directory: Path) -> PreTrainedConfig:
         config = base_config(self.config)

@@ -68,7 +68,7 @@ def peak(plan: Plan, rank: int) -> int:
     prepared = Prepared(directory=directory, **read_json(directory / META))
     model = plan.recipe.model.build()
     module = model.structure(prepared.processor, activation_checkpointing=train.activation_checkpointing)
-    weights = model.weights(module, prepared.processor, seed=train.seed)
+    weights = model.weights(prepared.processor, seed=train.seed)
     engine = plan.recipe.strategy.build().engine(module, model=model, weights=weights, plan=plan, rank=rank)
     task = model.task(prepared.processor)
     batches = Batches(plan, task, prepared.samples("train"), dp_rank=plan.layout.dp_rank(rank))

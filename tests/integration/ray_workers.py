@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def _loop(config: dict[str, Any]) -> None:
             print(json.dumps(record), file=to, flush=True)
 
         session = worker.Session(rank=rank, log=write, flush=lambda: None, report=lambda metrics: None)
-        worker.train(plan, session)
+        try:
+            worker.train(plan, session)
+        except Exception:  # what every rank stumbles over must not take the other plans with it
+            write({"kind": "failed", "traceback": traceback.format_exc()}) if rank == 0 else None
+            continue
         if rank == 0:
             write({"kind": "done", "seconds": time.monotonic() - started})

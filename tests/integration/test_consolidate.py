@@ -59,7 +59,7 @@ def committed(recipe):
         plan, _ = prepare(resolve(recipe(name.replace(", ", "-"), **values)), Console(quiet=True))
         model, processor = plan.recipe.model.build(), Path(plan.prepared) / "processor"
         structure = model.structure(processor)
-        weights = model.weights(structure, processor, seed=plan.recipe.train.seed)
+        weights = model.weights(processor, seed=plan.recipe.train.seed)
         engine = Still((name, array) for name, array in trained(structure, weights) if name != without)
         golden = Golden({"attention_mask": np.ones((1, 2), np.int64)}, np.zeros((1, 2), np.float32))
         state = State(step=7, metrics={"loss": 1.5})

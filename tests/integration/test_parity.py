@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import parity_matrix as matrix
@@ -12,6 +13,8 @@ import pytest
 from raytx.errors import RecipeError
 from raytx.plan import resolve
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]  # the first test waits for all the training
+
 LIMIT = 1e-5
 """Relative, per step, in fp32: rounding of sums in another order, carried through twenty updates."""
 RECORD = "RAYTX_RECORD_PARITY"
@@ -19,6 +22,8 @@ RECORD = "RAYTX_RECORD_PARITY"
 
 
 def steps(rows):
+    failures = [row["traceback"] for row in rows if row["kind"] == "failed"]
+    assert not failures, failures[0]
     return [row for row in rows if row["kind"] == "step"]
 
 
@@ -29,7 +34,7 @@ def furthest(rows, reference, key):
 
 
 def name_of(family, case=None):
-    return f"{family.name}-{case.label if case else 'one'}".replace(" ", "-").replace("=", "")
+    return re.sub("[^a-zA-Z0-9]+", "-", f"{family.name} {case.label if case else 'one'}").strip("-")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,7 @@ def test_every_strategy_gives_the_numbers_of_one_process(curves, references, ref
 @pytest.fixture(scope="module")
 def made_with(recipe):
     """Make a recipe of our own decoder."""
-    return lambda name, **values: recipe(name, **{"model": matrix.DECODER, **values})
+    return lambda name, **values: recipe(name, **{"model": matrix.DECODER, "optim__lr": matrix.LR, **values})
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +144,21 @@ def test_activation_checkpointing_changes_no_number(made_with, run_workers, refe
     assert furthest(rows, reference, "grad_norm") <= 1e-6
 
 
+BF16 = [
+    {"type": "fsdp"},
+    *({"type": "deepspeed", "stage": stage} for stage in (1, 2, 3)),
+    {"type": "deepspeed", "stage": 1, "tensor_parallel_size": 2},
+    {"type": "deepspeed-3d", "pipeline_parallel_size": 2},
+]
+
+
 def test_bf16_stays_near_fp32_under_every_strategy(made_with, run_workers, reference):
-    """Bounds of the loss: autocast keeps fp32 weights; DeepSpeed's bf16 rounds the working weights as well."""
-    (autocast,) = run_workers([made_with("bf16-single", train__precision="bf16")])
-    zero = [
-        made_with(
-            f"bf16-zero{stage}",
-            strategy={"type": "deepspeed", "stage": stage},
-            scaling__num_workers=2,
-            train__precision="bf16",
-        )
-        for stage in (1, 2, 3)
+    """Bounds of loss and norm: autocast keeps fp32 weights; DeepSpeed's bf16 rounds the working weights as well."""
+    alone = made_with("bf16-single", train__precision="bf16")
+    spread = [
+        made_with(f"bf16-{place}", strategy=strategy, scaling__num_workers=2, train__precision="bf16")
+        for place, strategy in enumerate(BF16)
     ]
-    for rows in (autocast, *run_workers(zero)):
-        assert furthest(rows, reference, "loss") <= 2e-2
+    for rows in run_workers([alone, *spread]):
+        assert 0 < furthest(rows, reference, "loss") <= 5e-3
+        assert furthest(rows, reference, "grad_norm") <= 1e-1
