@@ -18,10 +18,10 @@ class Groups:
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self.layout, self.coordinate = layout, layout.coordinate(rank)
-        self.data = _group(layout, rank, "data")
-        self.tensor = _group(layout, rank, "tensor")
-        self.sequence = _group(layout, rank, "sequence")
-        self.replicas = _group(layout, rank, "data", "sequence")
+        self.data = group_of(layout, rank, "data")
+        self.tensor = group_of(layout, rank, "tensor")
+        self.sequence = group_of(layout, rank, "sequence")
+        self.replicas = group_of(layout, rank, "data", "sequence")
         """The ranks over which parameters are the same, gradients are added and ZeRO shards."""
 
     def get_data_parallel_group(self) -> Any:
@@ -65,7 +65,12 @@ class Groups:
         return self.layout.data_parallel_size * self.layout.sequence_parallel_size
 
 
-def _group(layout: Layout, rank: int, *dimensions: str) -> Any:
-    """Make the group of the ranks that differ from this one in these dimensions only; its members alone meet for it."""
-    (ranks,) = [ranks for ranks in layout.groups(*dimensions) if rank in ranks]
-    return dist.new_group(ranks, use_local_synchronization=True)
+def group_of(layout: Layout, rank: int, *dimensions: str) -> Any:
+    """Make all groups of ranks that differ in these dimensions only; return this rank's. A collective call of all.
+
+    torch can let the members of a group meet by themselves, under a name made of their ranks; where the same ranks make
+    one group after the other they then wait for ever.
+    """
+    made = {tuple(ranks): dist.new_group(ranks) for ranks in layout.groups(*dimensions)}
+    (mine,) = [group for ranks, group in made.items() if rank in ranks]
+    return mine

@@ -21,6 +21,7 @@ from raytx.layout import Layout
 from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
 from raytx_deepspeed.engine import DTYPES, DeepSpeedEngine, device_of, prepare_deepspeed
+from raytx_deepspeed.groups import group_of
 from raytx_deepspeed.pipeline_engine import StageEngine
 from raytx_deepspeed.pipeline_module import TRAVELLING, Fed, Loss, StageModule
 from raytx_deepspeed.pipeline_timing import costs
@@ -56,8 +57,7 @@ class ThreeDStrategy:
         size = layout.tensor_parallel_size
         if size == 1:
             return {}
-        (ranks,) = [ranks for ranks in layout.groups("tensor") if rank in ranks]
-        group = dist.new_group(ranks, use_local_synchronization=True)
+        group = group_of(layout, rank, "tensor")
         return cut(module, model.tensor_plan(module), rank=layout.coordinate(rank).tensor, size=size, group=group)
 
     def _stages(self, pieces: Sequence[Piece], filling: Filling, plan: Plan, rank: int) -> Stages:

@@ -98,11 +98,14 @@ class StageEngine(PipelineEngine):
         gradients = list(self._gradients())
         norm = self._norm(gradients)
         self.norm = norm.item()
-        if self.max_norm is not None and math.isfinite(self.norm):  # one that overflowed is DeepSpeed's to skip
+        if self.max_norm is not None and gradients and math.isfinite(self.norm):  # what overflowed, DeepSpeed skips
             factor = (self.max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
-            for _, gradient in gradients:
-                gradient.mul_(factor)
+            torch._foreach_mul_([gradient for _, gradient in gradients], factor)
+        if self.zero_optimization() and math.isfinite(self.norm):
+            # DeepSpeed would sum it once more, in fp32; it asks only to see an overflow
+            self.optimizer.scaled_global_norm = lambda: norm.float() * self.optimizer.loss_scale
         super()._take_model_step(lr_kwargs)
+        vars(self.optimizer).pop("scaled_global_norm", None)
 
     def _gradients(self) -> Iterator[tuple[Any, torch.Tensor]]:
         """Yield (parameter, gradient) of what this rank will update: with ZeRO, parts of its partition."""

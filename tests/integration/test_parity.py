@@ -70,9 +70,11 @@ def refused(made):
 
 
 @pytest.fixture(scope="module")
-def curves(made, run_workers, refused):
-    """Every pair that the plan lets pass, trained by Ray workers: one group of them for each world size."""
-    pairs = [(f, c) for f, c in matrix.tried() if (f.name, c.label) not in refused]
+def curves(request, made, run_workers, refused):
+    """Every pair that is asked for and that the plan lets pass, trained by Ray workers: a group for each world size."""
+    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = {(of["family"].name, of["case"].label) for of in asked if "case" in of and "family" in of}
+    pairs = [(f, c) for f, c in matrix.tried() if (f.name, c.label) in chosen - refused.keys()]
     found = run_workers([made(family, case) for family, case in pairs])
     return {(family.name, case.label): rows for (family, case), rows in zip(pairs, found, strict=True)}
 
