@@ -34,7 +34,7 @@ from raytx.plan import Plan
 from raytx.tasks.base import Request
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 1 << 30
 """A rank starts a new file when the tensors it holds reach this size, which bounds its extra memory."""
 

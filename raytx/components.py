@@ -91,6 +91,8 @@ class ModelSize:
     """Tensor-parallel sizes must divide this: the greatest common divisor of its head counts and widths."""
     not_tensor_parallel: str = "it has no tensor-parallel plan"
     """Why its layers cannot be cut over tensor-parallel ranks; empty where they can."""
+    not_sliced: str = "what its layers do with a part of a sample is not known"
+    """Why sequence-parallel ranks cannot have a slice of each sample; empty where only attention mixes places."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from raytx import checkpoint, cluster, run, worker
-from raytx.errors import RaytxError, TrainingError
+from raytx.errors import RaytxError, RecipeError, TrainingError
 from raytx.export import Exported, published
 from raytx.export import export as export_checkpoint
 from raytx.journal import Display, Journal
@@ -230,7 +230,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         )
         try:
             return {"step": worker.train(plan, session).step}
-        except TrainingError as stop:  # every rank stops at the same step; a restart would only repeat it
+        except (TrainingError, RecipeError) as stop:  # every rank meets the same; a restart would only repeat it
             return {"stopped": str(stop)}
         except Exception as error:
             error.add_note(traceback.format_exc())  # a traceback does not travel with its exception, a note does

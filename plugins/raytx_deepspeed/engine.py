@@ -159,7 +159,7 @@ class DeepSpeedEngine:
     def _backward(self, microbatch: Microbatch) -> torch.Tensor:
         """Add a microbatch's gradients; return its share of the global loss."""
         torch.manual_seed(microbatch.seed ^ self._groups.coordinate.sequence << 32)  # slices drop other places
-        share = self._engine(**self._features(microbatch)).loss * microbatch.weight
+        share = self._engine(**self._features(microbatch)).loss.float() * microbatch.weight
         # backward() divides by the accumulation steps and reduction by ranks; the shares need neither.
         self._engine.backward(share * self._accumulation * self._ranks)
         return share.detach().double()

@@ -83,9 +83,7 @@ class DeepSpeed(StrategyConfig):
             return f"stage 0 keeps no fp32 masters under {precision}; use stage 1, or type ddp, which autocasts"
         if self.sequence_parallel_size > 1 and (reason := _unsliceable(recipe)):
             return f"sequence_parallel_size={self.sequence_parallel_size}: {reason}; use 1, or tensor_parallel_size"
-        if self.stage > 0 or self.tensor_parallel_size > 1:
-            return uncuttable(recipe.optim)
-        return None
+        return uncuttable(recipe.optim)
 
     def misfit(self, recipe: Recipe, layout: Layout, size: ModelSize) -> str | None:
         reason = tensor_misfit(self.tensor_parallel_size, size)
@@ -95,8 +93,8 @@ class DeepSpeed(StrategyConfig):
 
     def _heads_misfit(self, size: ModelSize) -> str | None:
         """Ranks that share a sample have a share of the heads in attention, of those that tensor parallelism left."""
-        if size.not_tensor_parallel:
-            return f"sequence_parallel_size={self.sequence_parallel_size}: {size.not_tensor_parallel}; use 1"
+        if reason := size.not_sliced or size.not_tensor_parallel:
+            return f"sequence_parallel_size={self.sequence_parallel_size}: {reason}; use 1"
         if size.tensor_parallel % (self.sequence_parallel_size * self.tensor_parallel_size):
             return (
                 f"sequence_parallel_size={self.sequence_parallel_size} x tensor_parallel_size="
@@ -121,20 +119,20 @@ class DeepSpeed(StrategyConfig):
     def engine_config(self, plan: Plan) -> dict[str, tuple[Any, str]]:
         """Return DeepSpeed's JSON, each key with the key of the recipe it follows from."""
         train, optim = plan.recipe.train, plan.recipe.optim
-        clipping = (
-            (optim.max_grad_norm or 0.0, "optim.max_grad_norm") if self.stage else (0.0, "raytx: it clips itself")
-        )
         return {
             "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
             "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
             "gradient_accumulation_steps": (plan.gradient_accumulation_steps, "derived: global / (micro x ranks)"),
-            "gradient_clipping": clipping if self.stage else (0.0, "raytx: at stage 0 it clips, in fp64"),
+            "gradient_clipping": self._clipping(optim.max_grad_norm),
             **precision_config(train.precision),
             "zero_optimization": (self._zero(), "strategy.stage"),
             "zero_allow_untested_optimizer": (True, "raytx: torch's optimizer, the same under every strategy"),
             "zero_force_ds_cpu_optimizer": (False, "raytx: torch's optimizer, the same under every strategy"),
             "steps_per_print": (2**31 - 1, "raytx: progress is raytx's own"),
         }
+
+    def _clipping(self, limit: float | None) -> tuple[float, str]:
+        return (limit or 0.0, "optim.max_grad_norm") if self.stage else (0.0, "raytx: at stage 0 it clips, in fp64")
 
     def _zero(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"stage": self.stage}

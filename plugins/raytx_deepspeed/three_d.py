@@ -12,6 +12,7 @@ from raytx.errors import RecipeError
 from raytx.layout import Layout
 from raytx.optimizer import uncuttable
 from raytx_deepspeed.stages import Stages, balanced, explicit
+from raytx_deepspeed.strategy import precision_config
 
 if TYPE_CHECKING:
     from raytx.plan import Plan
@@ -75,7 +76,7 @@ class DeepSpeed3D(StrategyConfig):
         )
 
     def refusal(self, recipe: Recipe) -> str | None:
-        return self._refused_task(recipe) or self._refused_precision(recipe) or self._refused_optimizer(recipe)
+        return self._refused_task(recipe) or self._refused_precision(recipe) or uncuttable(recipe.optim)
 
     def _refused_task(self, recipe: Recipe) -> str | None:
         task = recipe.model.task_class().name
@@ -96,13 +97,6 @@ class DeepSpeed3D(StrategyConfig):
         if self.stage == 0 and recipe.train.precision != "fp32":
             return f"stage 0 keeps no fp32 masters under {recipe.train.precision}; use stage 1"
         return None
-
-    def _refused_optimizer(self, recipe: Recipe) -> str | None:
-        if (reason := uncuttable(recipe.optim)) is None:
-            return None
-        if self.stage == 1:
-            return f"stage 1 cuts parameters over ranks, and {reason}; or stage 0"
-        return f"tensor_parallel_size={self.tensor_parallel_size}: {reason}" if self.tensor_parallel_size > 1 else None
 
     def misfit(self, recipe: Recipe, layout: Layout, size: ModelSize) -> str | None:
         return self._unfit_pipeline(size) or self._unfit_tensor(size)
@@ -158,8 +152,7 @@ class DeepSpeed3D(StrategyConfig):
             "train_micro_batch_size_per_gpu": (train.micro_batch_size, "train.micro_batch_size"),
             "gradient_accumulation_steps": (plan.gradient_accumulation_steps, "derived: global / (micro x ranks)"),
             "gradient_clipping": (0.0, "raytx: clips by optim.max_grad_norm itself, by the norm in fp64"),
-            "bf16": ({"enabled": train.precision == "bf16"}, "train.precision"),
-            "fp16": ({"enabled": train.precision == "fp16"}, "train.precision"),
+            **precision_config(train.precision),
             "zero_optimization": (self._zero(), "strategy.stage"),
             "pipeline": (
                 {"pipe_partitioned": False, "grad_partitioned": False},

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from raytx_hf.model import HFModel
 
 LAYERS, VOCABULARY, WINDOW = 2, 32, 3
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WIDTH, HEADS = 512, 4
 """A wider model loses heads: all but four, or all but the first group where they share keys and values."""
 
@@ -57,7 +58,17 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         text.sliding_window = WINDOW
     text.vocab_size = VOCABULARY
     text.pad_token_id = None
+    _thin_experts(text)
     return config
+
+
+def _thin_experts(text: PreTrainedConfig) -> None:
+    """Keep a few experts, and narrow ones: a hundred of them take gigabytes and prove nothing more."""
+    for name in EXPERTS:
+        if getattr(text, name, None):
+            setattr(text, name, min(getattr(text, name), max(HEADS, getattr(text, "num_experts_per_tok", None) or 1)))
+    if getattr(text, "moe_intermediate_size", None):
+        text.moe_intermediate_size = min(text.moe_intermediate_size, WIDTH)
 
 
 def _narrowed(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -17,6 +17,8 @@ from raytx_hf.tensor_plan import limit
 if TYPE_CHECKING:
     from raytx_hf.model import HFModel
 
+ATTENTION = {"full_attention", "sliding_attention"}
+
 
 def measure(model: HFModel) -> ModelSize:
     """Return the size. A tied head counts in the first piece and in the last, as both stages hold it."""
@@ -41,7 +43,14 @@ def measure(model: HFModel) -> ModelSize:
         not_pipelined=not_pipelined,
         tensor_parallel=tensor_parallel,
         not_tensor_parallel=not_tensor_parallel,
+        not_sliced=_not_sliced(text),
     )
+
+
+def _not_sliced(text: Any) -> str:
+    """Convolutions and recurrences see their neighbours without attention, and would take a slice for a document."""
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - ATTENTION)
+    return f"its layers of type {', '.join(others)} mix places without attention" if others else ""
 
 
 def _structure(model: HFModel, config: Any) -> Any:

@@ -108,7 +108,8 @@ def plan_of(module: nn.Module) -> TensorPlan:
     tied = _tied(module)
     for name, layer in module.named_modules():
         own = _name_in_family(name, module)
-        if (style := _found(table.layers, own)) and not (style.gather and _weight(layer) in tied):
+        style = _found(table.layers, own)
+        if style and not (style.gather and (_weight(layer) is None or _weight(layer) in tied)):
             layers |= _adapted(name, layer, style)
         if attributes := _found(table.divided, own):
             divided[name] = attributes
@@ -184,8 +185,9 @@ def _tied(module: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter, count in owners.items() if count > 1}
 
 
-def _weight(layer: Any) -> nn.Parameter:
-    return getattr(layer, "base_layer", layer).weight
+def _weight(layer: Any) -> nn.Parameter | None:
+    """Return a layer's own weight; RoBERTa's head is several layers, and has none."""
+    return getattr(getattr(layer, "base_layer", layer), "weight", None)
 
 
 # --------------------------------------------------------------------------------------------------------- adapters

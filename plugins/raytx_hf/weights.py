@@ -78,6 +78,7 @@ class Stored:
 
     def __init__(self, model: HFModel, module: PreTrainedModel, drawn: Drawn) -> None:
         self._model, self._module, self._drawn = model, module, drawn
+        self._wanted = module.state_dict()
         self._files = {key: file for file in _files(model) for key in _keys(file)}
         transforms = get_model_conversion_mapping(module)
         self._renamings = [step for step in transforms if isinstance(step, WeightRenaming)]
@@ -94,13 +95,15 @@ class Stored:
 
     def _arranged(self) -> dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]:
         """Return for each of the model's names how it is made: by which conversion, of which (pattern, key) pairs."""
-        wanted = self._module.state_dict()
+        wanted = self._wanted
         by_pattern = {pattern: step for step in self._converters for pattern in step.source_patterns}
         found: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
         for key in sorted(self._files, key=_natural):
             name, pattern = self._renamed(key, wanted)
             step = by_pattern[pattern] if pattern is not None else None
             for target in _targets(name, step):
+                if target not in wanted:  # what files of older releases hold besides, such as position ids
+                    continue
                 found.setdefault(target, (step, []))[1].append((pattern or key, key))
         return found
 
@@ -124,7 +127,7 @@ class Stored:
         return value[0] if isinstance(value, list) else value
 
     def _shaped(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        expected = self._module.state_dict()[name].shape
+        expected = self._wanted[name].shape
         if value.shape != expected:
             raise RecipeError(
                 f"model.path={self._model.path}: {name} is {tuple(value.shape)} there, this task and config make it "
@@ -136,7 +139,8 @@ class Stored:
         """A file of another architecture would otherwise be taken for one without any of the weights."""
         names = [name for name, _ in self._module.named_parameters()]
         missing = [n for n in names if not any(alias in self._sources for alias in self._aliases.get(n, [n]))]
-        if 2 * len(missing) > len(names):
+        in_layers = any(part.isdigit() for name in missing for part in name.split("."))
+        if in_layers or 2 * len(missing) > len(names):  # a new head is drawn, a layer that is not there is a mistake
             raise RecipeError(
                 f"model.path={self._model.path}: its files lack {len(missing)} of {len(names)} weights of "
                 f"{type(self._module).__name__}, {missing[0]!r} for one"
@@ -156,8 +160,10 @@ class Adapted:
     def _draw(self, name: str, owner: str) -> torch.Tensor:
         layer = self._module.get_submodule(owner)
         (adapter,) = layer.active_adapters
-        parts = [part for kind in layer.adapter_layer_names if adapter in (part := getattr(layer, kind))]
-        with _seeded(self._seed, owner), _real(*(part[adapter] for part in parts)), torch.no_grad():
+        kinds = [part for kind in layer.adapter_layer_names if adapter in (part := getattr(layer, kind))]
+        # A linear layer's are modules; an embedding's are parameters, which the dict around them owns.
+        parts = [part[adapter] if isinstance(part, nn.ModuleDict) else part for part in kinds]
+        with _seeded(self._seed, owner), _real(*parts), torch.no_grad():
             layer.reset_lora_parameters(adapter, True)
             return self._module.get_parameter(name).detach()
 

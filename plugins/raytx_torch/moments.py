@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -22,11 +24,14 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     for group, before in zip(optimizer.param_groups, settings, strict=True):
         group.update(before)
+    count_steps(optimizer, 0, parameters=new)
 
 
-def count_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Say how many updates the optimizer has done; what corrects for few of them depends on it."""
-    for state in optimizer.state.values():
+def count_steps(
+    optimizer: torch.optim.Optimizer, steps: int, *, parameters: Iterable[torch.Tensor] | None = None
+) -> None:
+    """Say how many updates of some parameters, or all, are done; what corrects for few of them depends on it."""
+    for state in (optimizer.state[p] for p in (list(optimizer.state) if parameters is None else parameters)):
         if isinstance(state.get("step"), torch.Tensor):
             state["step"].fill_(steps)
         elif "step" in state:

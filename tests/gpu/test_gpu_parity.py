@@ -36,7 +36,7 @@ PAIRS = [
 ]
 HALF = [case for family, case in PAIRS if family is matrix.FAMILIES[0] and case.strategy.get("stage") != 0]
 """Stage 0 of DeepSpeed has no fp32 masters, and the plan refuses it in half precision."""
-SCALED = [case for case in HALF if case.strategy["type"] in ("ddp", "fsdp", "deepspeed")]
+SCALED = [case for case in HALF if case.strategy["type"] in ("ddp", "fsdp", "deepspeed", "deepspeed-3d")]
 
 
 def label(value: Any) -> str:

@@ -151,11 +151,10 @@ def test_half_precision_needs_the_stage_that_keeps_masters():
     assert resolve(recipe(train__precision="bf16"))
 
 
-@pytest.mark.parametrize(("fields", "workers"), [({"stage": 1}, 2), ({"stage": 0, "tensor_parallel_size": 2}, 4)])
-def test_an_optimizer_that_needs_whole_parameters_is_refused_where_they_are_cut(fields, workers):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_optimizer_that_needs_whole_parameters_is_refused(stage):
     with pytest.raises(RecipeError, match="adafactor"):
-        resolve(recipe(workers, strategy=three_d(**fields), optim={"type": "adafactor"}))
-    assert resolve(recipe(strategy=three_d(stage=0), optim={"type": "adafactor"}))
+        resolve(recipe(strategy=three_d(stage=stage), optim={"type": "adafactor"}))
 
 
 # ---- DeepSpeed's JSON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raytx.errors import RecipeError
@@ -170,3 +171,38 @@ def test_half_precision_files_are_read_as_fp32(tmp_path):
     value = read("model.norm.weight")
     assert value.dtype == "float32"
     assert torch.equal(torch.from_numpy(value), module.model.norm.weight.float())
+
+
+def test_what_older_files_hold_besides_is_passed_over(tmp_path):
+    tensors = {**built("bert", seed=1).state_dict(), "bert.embeddings.position_ids": torch.arange(8)[None]}
+    built("bert").save_pretrained(tmp_path)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "model.safetensors")
+    drawn = Drawn(structure("bert"), never, seed=0)
+    stored = Stored(HFModel(task="sequence-classification", path=str(tmp_path)), structure("bert"), drawn)
+    assert stored("bert.embeddings.position_ids").shape == structure("bert").bert.embeddings.position_ids.shape
+
+
+def test_a_file_without_one_of_the_layers_is_refused(tmp_path):
+    built("llama").save_pretrained(tmp_path)
+    kept = {k: v.contiguous() for k, v in built("llama").state_dict().items() if ".layers.1.mlp" not in k}
+    save_file(kept, tmp_path / "model.safetensors")
+    drawn = Drawn(structure("llama"), never, seed=0)
+    with pytest.raises(RecipeError, match=r"lack 3 of .* 'model.layers.1.mlp"):
+        Stored(HFModel(task="causal-lm", path=str(tmp_path)), structure("llama"), drawn)
+
+
+def test_adapters_of_embeddings_are_drawn_too(tiny, tmp_path):
+    adapter = {"type": "lora", "r": 2, "target_modules": ["q_proj", "embed_tokens"]}
+    config = {"model_type": "llama", **GROUPED, "vocab_size": 320}
+    component = {
+        "type": "hf",
+        "task": "causal-lm",
+        "config": config,
+        "tokenizer": {"train": "bpe", "vocab_size": 320},
+        "adapter": adapter,
+    }
+    module = tiny.prepared(component, tmp_path).module(tmp_path)
+    drawn = {name: p for name, p in module.named_parameters() if "lora_embedding" in name}
+    assert len(drawn) == 2
+    assert all(bool(p.isfinite().all()) for p in drawn.values())
+    assert any(bool(p.any()) for p in drawn.values())
