@@ -299,7 +299,13 @@ def _explain_one(problem: Any, data: Any) -> str:
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool | type(None)) else ""
     if problem["type"] in {"component", "component_type"}:
         return f"{path}: {message}"
-    return f"{path}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{path}: {_continued(message)}{shown}"
+
+
+def _continued(message: str) -> str:
+    """Let a sentence go on after a colon, unless it begins with a name, such as a file's."""
+    first = message.split(maxsplit=1)[0]
+    return message[0].lower() + message[1:] if first.strip("'").isalpha() else message
 
 
 def _fields_at(keys: Sequence[Any], data: Any) -> list[str]:

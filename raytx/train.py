@@ -407,6 +407,6 @@ def _interruptible() -> Iterator[None]:
 def _quieten() -> None:
     """Poll workers often enough that a run ends when it is done; keep Ray's own words out of the user's."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
     if not os.environ.get("RAYTX_VERBOSE"):
         logging.getLogger("ray.train").setLevel(logging.ERROR)

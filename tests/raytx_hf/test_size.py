@@ -54,3 +54,11 @@ def test_an_encoder_has_no_pieces_but_ranks_can_share_its_layers(tiny: Any) -> N
     assert found.pieces == ()
     assert "causal-lm" in found.not_pipelined
     assert (found.tensor_parallel, found.not_tensor_parallel) == (4, "")
+
+
+def test_a_model_is_sliced_only_where_nothing_but_attention_mixes_places(tiny: Any) -> None:
+    assert size(tiny.causal["llama"]).not_sliced == ""
+    hybrid = {**tiny.llama, "model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
+    sizes = {"num_experts": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 8}
+    found = size({**tiny.causal["llama"], "config": {**hybrid, **sizes}})
+    assert "linear_attention" in found.not_sliced
