@@ -101,7 +101,7 @@ def references(recipe, train_one):
 @pytest.fixture(scope="module")
 def train_one():
     """Train a recipe of one worker in this process; return what was logged."""
-    from conftest import prepared
+    from .conftest import prepared
 
     from raytx import worker
 

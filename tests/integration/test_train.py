@@ -226,7 +226,7 @@ def test_a_diverging_run_stops_once_and_names_the_samples(local_ray, slow, capsy
 def test_metrics_are_plain_json_rows(unbroken):
     for line in (unbroken.run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        assert row["kind"] in {"started", "baseline", "step", "eval", "checkpoint", "resumed"}
+        assert row["kind"] in {"started", "baseline", "step", "eval", "checkpoint", "resumed", "placed"}
 
 
 def test_a_training_run_listens_on_loopback_only(local_ray, slow):
