@@ -101,9 +101,9 @@ def references(recipe, train_one):
 @pytest.fixture(scope="module")
 def train_one():
     """Train a recipe of one worker in this process; return what was logged."""
-    from .conftest import prepared
-
     from raytx import worker
+
+    from .conftest import prepared
 
     def run(recipe):
         log = []
