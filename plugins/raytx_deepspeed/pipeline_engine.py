@@ -119,10 +119,14 @@ class StageEngine(PipelineEngine):
     def _norm(self, gradients: Sequence[tuple[Any, torch.Tensor]]) -> torch.Tensor:
         """Return the norm over stages, tensor-parallel ranks and partitions in fp64, each parameter counted once."""
         first = self.grid.get_slice_parallel_rank() == 0
+        mine = [
+            gradient
+            for parameter, gradient in gradients
+            if not parameter.ds_pipe_replicated and (first or getattr(parameter, "tensor_model_parallel", False))
+        ]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for parameter, gradient in gradients:
-            if not parameter.ds_pipe_replicated and (first or getattr(parameter, "tensor_model_parallel", False)):
-                total += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+        if mine:
+            total += torch.stack(torch._foreach_norm(mine, 2, dtype=torch.float64)).square().sum()
         comm.all_reduce(total, group=None if self.zero_optimization() else self.grid.get_model_parallel_group())
         return total.sqrt() / (self.optimizer.loss_scale if self.zero_optimization() else 1.0)
 
