@@ -6,6 +6,7 @@ are cut on the meta device, before a number is read, and are the same under ZeRO
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +84,8 @@ def cut(module: nn.Module, plan: TensorPlan, *, rank: int, size: int, group: Any
 
 def _tied(module: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that more than one name leads to."""
-    seen: set[nn.Parameter] = set()
-    every = [parameter for _, parameter in module.named_parameters(remove_duplicate=False)]
-    return {parameter for parameter in every if parameter in seen or seen.add(parameter)}  # type: ignore[func-returns-value]
+    uses = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in uses.items() if count > 1}
 
 
 def _divide(module: nn.Module, attributes: Sequence[str], size: int) -> None:
