@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytx import __version__
-from raytx.errors import RaytxError, RecipeError, did_you_mean
+from raytx.errors import RaytxError, RecipeError, StoppedError, did_you_mean
 
 if TYPE_CHECKING:
     from raytx.plan import Plan
@@ -40,6 +40,9 @@ def main() -> None:
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except StoppedError as stop:
+        Console(stderr=True).print(str(stop), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(stop.exit_code)
     except RaytxError as error:
         Console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

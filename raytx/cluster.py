@@ -232,18 +232,20 @@ def _noise(verbose: bool) -> dict[str, Any]:
     return {"logging_level": "INFO" if verbose else "ERROR", "log_to_driver": verbose}
 
 
-def _temporary_directory() -> Path:
-    """Return a short directory that only this user may enter: Ray makes what it creates in it open to everybody.
-
-    Short, because a Unix socket's path has at most 107 bytes.
-    """
+def private_directory() -> Path:
+    """Return a short directory that only this user may enter. Short, as a Unix socket's path has at most 107 bytes."""
     base = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / f"raytx-{os.getuid()}"
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = base.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise ResourceError(f"{base} belongs to somebody else; set RAY_TMPDIR to a short directory of your own")
     base.chmod(0o700)
-    return base / "ray"
+    return base
+
+
+def _temporary_directory() -> Path:
+    """Return where Ray of a local cluster keeps its files; it makes what it creates there open to everybody."""
+    return private_directory() / "ray"
 
 
 def _private_token() -> None:

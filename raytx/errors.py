@@ -30,6 +30,15 @@ class TrainingError(RaytxError):
     """Training cannot go on and every rank knows it at the same step: the loss is not finite, nothing can be saved."""
 
 
+class StoppedError(RaytxError):
+    """The run was told to end, and has; the same command goes on with it."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        """128 and the signal's number, as shells have it."""
+
+
 class CheckpointError(RaytxError):
     """A checkpoint is incomplete, damaged or belongs to another plan."""
 

@@ -24,12 +24,11 @@ USED = {
     "ray._private.state": ("available_resources_per_node", "state"),
     # placement groups of stopped trials: only the raw table says who made a group
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData",),
-    # the trainer's own cleaner of placement groups needs the dashboard and stays behind without it
-    "ray.train.v2.api.data_parallel_trainer": ("PlacementGroupCleanerCallback",),
     # submit.py: a job's name follows from what is uploaded, so that is uploaded before the job is
     "ray.dashboard.modules.dashboard_sdk": ("SubmissionClient",),
-    # rendezvous.py: ranks of a local cluster meet in a file instead of on an open port
-    "ray.train.torch.config": ("_TorchBackend", "_setup_torch_process_group", "_set_torch_distributed_env_vars"),
+    # launch.py: the trainer below TorchTrainer, which would have every worker import torch
+    # without_cleaner: the trainer's own cleaner of placement groups needs the dashboard and stays behind without it
+    "ray.train.v2.api.data_parallel_trainer": ("DataParallelTrainer", "PlacementGroupCleanerCallback"),
     # trials are named by a random word; a search that is begun again must find the runs it has
     "ray.tune.search.basic_variant": ("BasicVariantGenerator",),
     # the queue on which a trial's reports reach Tune
@@ -136,6 +135,13 @@ def ownerless_placement_groups() -> list[Any]:
         if row.creator_actor_dead and row.creator_actor_id not in (b"", nobody)
         if row.creator_job_id == job and row.state != Data.REMOVED and not row.is_detached
     ]
+
+
+def trainer(*args: Any, **options: Any) -> Any:
+    """Return a trainer of plain Ray Train workers, in which Ray neither imports torch nor forms a process group."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    return DataParallelTrainer(*args, **options)
 
 
 def without_cleaner() -> None:

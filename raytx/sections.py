@@ -163,11 +163,16 @@ class Scaling(Section):
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray spreads the workers over nodes."""
     max_failures: int = Field(3, ge=0)
-    """Restarts from the newest checkpoint after a worker died."""
+    """Restarts from the newest checkpoint after a worker died; three errors in a row at one step end the run anyway."""
     wait_s: float = Field(120, gt=0)
     """Seconds to wait for the cluster to have room before giving up."""
     threads_per_worker: int = Field(1, gt=0)
     """CPU threads of each worker (OMP_NUM_THREADS)."""
+    stall_s: float | None = Field(30, gt=0)
+    """Seconds without any progress after which the missing rank is named, every rank's stack shown and all are
+    restarted; at least five times the usual step, and twenty times as much while starting or saving. Null waits on."""
+    grace_s: float = Field(30, gt=0)
+    """Seconds that ranks have to save when the run is told to end (Ctrl-C, SIGTERM, a job's stop)."""
 
 
 class Search(Section):

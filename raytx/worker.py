@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from raytx import checkpoint
+from raytx import checkpoint, pulse
 from raytx.artifact import Golden
 from raytx.batches import Batches, evaluation_batches, spread
 from raytx.checkpoint import State
@@ -25,7 +26,18 @@ from raytx.tasks.base import Task
 
 GOLDEN_SAMPLES = 4
 DEMO_SAMPLES = 3
+COUNCIL_S = 0.5
+"""How often ranks ask each other whether anybody was told to save or to stop."""
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Order:
+    """What is asked of a running group from outside. The highest number is the one that counts."""
+
+    number: int = 0
+    kind: Literal["", "save", "stop"] = ""
+    """save: commit a checkpoint now and go on. stop: commit one and end."""
 
 
 @dataclass(frozen=True)
@@ -41,33 +53,50 @@ class Session:
     """Take an evaluation's metrics. Called by every rank, equally often: Ray Train requires it."""
     node: str = ""
     """Where this rank runs, for people."""
+    order: Callable[[], Order] = Order
+    """Return the latest order that reached this rank; ranks may hear it at different moments."""
 
 
 def train(plan: Plan, session: Session) -> State:
-    """Train one rank's part of a plan to its last step and return the final state, the same on every rank."""
+    """Train one rank's part of a plan to its last step, or until it is told to stop; return the state that was saved
+    last, the same on every rank."""
     assert plan.prepared is not None
-    assert plan.steps is not None
-    prepared = Prepared(directory=Path(plan.prepared), **read_json(Path(plan.prepared) / META))
+    prepared = _prepared(plan)
     model = plan.recipe.model.build()
     task = model.task(prepared.processor)
     strategy = plan.recipe.strategy.build()
     random.seed(plan.recipe.train.seed)
     np.random.seed(plan.recipe.train.seed)
-    module = model.structure(prepared.processor, activation_checkpointing=plan.recipe.train.activation_checkpointing)
+    module = structure(plan)
     weights = model.weights(prepared.processor, seed=plan.recipe.train.seed)
-    for step in plan.recipe.compression:
-        module = step.build().prepare(module)
     engine = strategy.engine(module, model=model, weights=weights, plan=plan, rank=session.rank)
     batches = Batches(plan, task, prepared.samples("train"), dp_rank=plan.layout.dp_rank(session.rank))
     loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"))
+    pulse.phase("restore")
     state = restore(engine, plan, session)
-    nodes = engine.gather(session.node)
+    places = engine.gather((session.node, os.getpid()))
     if session.rank == 0:
-        session.log({"kind": "placed", "step": state.step, "nodes": nodes})
+        nodes, pids = zip(*places, strict=True)
+        session.log({"kind": "placed", "step": state.step, "nodes": nodes, "pids": pids})
     if session.rank == 0 and state.step == 0:
         session.log({"kind": "started", "step": 0})
         session.log({"kind": "baseline", "step": 0, **prepared.baseline})
     return loop.run(state)
+
+
+def _prepared(plan: Plan) -> Prepared:
+    directory = Path(plan.prepared or "")
+    return Prepared(directory=directory, **read_json(directory / META))
+
+
+def structure(plan: Plan) -> Any:
+    """Return the module that a plan trains, without its numbers."""
+    module = plan.recipe.model.build().structure(
+        _prepared(plan).processor, activation_checkpointing=plan.recipe.train.activation_checkpointing
+    )
+    for step in plan.recipe.compression:
+        module = step.build().prepare(module)
+    return module
 
 
 def restore(engine: Engine, plan: Plan, session: Session) -> State:
@@ -102,17 +131,37 @@ class _Loop:
         self.plan, self.session, self.task, self.engine = plan, session, task, engine
         self.batches, self.held_out = batches, held_out
         self.shown = held_out if len(held_out) else batches.samples
+        self.council, self.recess = Council(engine, session), Council(engine, session)
 
     def run(self, state: State) -> State:
-        """Do the steps that are left. Evaluation comes before saving, so that a checkpoint knows its own metrics."""
+        """Do the steps that are left."""
         assert self.plan.steps is not None
-        while state.step < self.plan.steps:
-            state = self.step(state)
-            if self._due(self.plan.recipe.evaluate.every, state.step):
-                state = self.evaluate(state)
-            if self._due(self.plan.recipe.save.every, state.step) or self._is_best(state):
-                self.save(state)
+        if state.step and not state.metrics and self._evaluates(state.step):
+            state = self.settle(state)  # an order broke into its evaluation
+        while state.step < self.plan.steps and not self.stopped:
+            state = self.settle(self.step(state))
+        pulse.phase("end")
         return state
+
+    def settle(self, state: State) -> State:
+        """Do what follows an update. Evaluation comes before saving, so that a checkpoint knows its own metrics."""
+        if self._evaluates(state.step):
+            state = self.evaluate(state)
+        ordered = self.council.meet()
+        if ordered or self.stopped or self._saves(state):
+            self.save(state)
+        return state
+
+    @property
+    def stopped(self) -> bool:
+        """Whether this run was told to end, at a step or in the midst of an evaluation."""
+        return "stop" in (self.council.heard.kind, self.recess.heard.kind)
+
+    def _evaluates(self, step: int) -> bool:
+        return len(self.held_out) > 0 and self._due(self.plan.recipe.evaluate.every, step)
+
+    def _saves(self, state: State) -> bool:
+        return self._due(self.plan.recipe.save.every, state.step) or self._is_best(state)
 
     def _is_best(self, state: State) -> bool:
         """The best checkpoint is the one that gets published, so it is saved whenever it is found."""
@@ -122,7 +171,10 @@ class _Loop:
         """Do one optimizer update and log it."""
         started = time.monotonic()
         lr = self.plan.lr(state.step)
-        metrics = self.engine.train_batch(self.batches.microbatches(state.step), lr=lr)
+        pulse.phase("data")
+        microbatches = self.batches.microbatches(state.step)
+        pulse.phase("forward")
+        metrics = self.engine.train_batch(microbatches, lr=lr)
         seconds = time.monotonic() - started
         step = state.step + 1
         if not all(map(math.isfinite, metrics.values())):
@@ -138,14 +190,17 @@ class _Loop:
                 {"kind": "step", "step": step, "epoch": round(step / (self.plan.steps_per_epoch or 1), 4), **metrics}
                 | {"lr": lr, "tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds, "seconds": seconds}
             )
+        pulse.stepped(step, seconds)
         return replace(state, step=step, metrics={}, seconds=state.seconds + seconds)
 
     def evaluate(self, state: State) -> State:
-        """Measure the held-out split; remember the best."""
-        if not len(self.held_out):
-            return state
+        """Measure the held-out split; remember the best. The state is as it was where the run is told to end."""
         started = time.monotonic()
-        metrics = evaluate(self.engine, self.task, self.held_out, plan=self.plan, rank=self.session.rank)
+        metrics = evaluate(
+            self.engine, self.task, self.held_out, plan=self.plan, rank=self.session.rank, pause=self._told_to_end
+        )
+        if metrics is None:
+            return state
         if self.session.rank == 0:
             self.session.log({"kind": "eval", "step": state.step, **metrics, "seconds": time.monotonic() - started})
         epoch = state.step / (self.plan.steps_per_epoch or 1)
@@ -158,6 +213,7 @@ class _Loop:
     def save(self, state: State) -> None:
         """Commit a checkpoint and remove those that need not stay."""
         started = time.monotonic()
+        pulse.phase("checkpoint")
         state = replace(state, scalars=self.engine.scalars())
         run_dir = self.plan.run_dir
         if self.session.rank == 0:
@@ -182,12 +238,54 @@ class _Loop:
         _, logits = self.engine.eval_batch(Microbatch(features, weight=1.0, seed=0), logits=True)
         return Golden(features, logits if logits is not None else np.zeros(0, dtype=np.float32))
 
+    def _told_to_end(self) -> bool:
+        self.recess.meet()
+        return self.stopped
+
     def _due(self, every: int | None, step: int) -> bool:
         return step == self.plan.steps or (every is not None and step % every == 0)
 
 
-def evaluate(engine: Engine, task: Task, samples: Samples, *, plan: Plan, rank: int) -> dict[str, float]:
-    """Return the task's metrics over a split, from every rank's predictions; equal on all ranks. Collective."""
+class Council:
+    """Ranks ask each other for orders about twice a second, at the same step on each: a collective cheap enough.
+
+    Orders reach ranks at different moments, so none may act on what it heard alone. How many steps lie between two
+    councils follows from how long they take on the slowest rank.
+    """
+
+    def __init__(self, engine: Engine, session: Session) -> None:
+        self._engine, self._session = engine, session
+        self.heard = Order()
+        self._period, self._calls, self._met = 1, 0, time.monotonic()
+
+    def meet(self) -> bool:
+        """Return whether an order has come that is to be carried out now. Collective when it is time."""
+        self._calls += 1
+        if self._calls < self._period:
+            return False
+        pulse.phase("council")
+        pace = (time.monotonic() - self._met) / self._calls
+        voices: list[tuple[Order, float]] = self._engine.gather((self._session.order(), pace))
+        slowest = max(pace for _, pace in voices)
+        self._period = max(1, min(2 * self._period, int(COUNCIL_S / max(slowest, 1e-6))))
+        self._calls, self._met = 0, time.monotonic()
+        before, self.heard = self.heard, max(order for order, _ in voices)
+        return self.heard.number > before.number
+
+
+def evaluate(
+    engine: Engine,
+    task: Task,
+    samples: Samples,
+    *,
+    plan: Plan,
+    rank: int,
+    pause: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Return the task's metrics over a split, from every rank's predictions; equal on all ranks. Collective.
+
+    `pause` is called before each batch; where it returns True, on every rank alike, there are no metrics.
+    """
     parts = []
     batches = evaluation_batches(
         task,
@@ -198,6 +296,9 @@ def evaluate(engine: Engine, task: Task, samples: Samples, *, plan: Plan, rank: 
         limit=plan.recipe.evaluate.max_samples,
     )
     for microbatch, targets in batches:
+        if pause():
+            return None
+        pulse.phase("evaluation")
         loss, logits = engine.eval_batch(microbatch, logits=task.needs_logits)
         if targets:
             parts.append(task.evaluation(microbatch.features, loss, logits, targets))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from raytx.plan import Plan
 
 
 def device_of(plan: Plan) -> torch.device:
-    """Return the GPU that Ray gave this worker, or the CPU."""
+    """Return the GPU that this rank was given, by the number it has among those the process sees, or the CPU."""
     if not plan.recipe.scaling.use_gpu:
         return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    return get_device()
+    return torch.device(os.environ.get("RAYTX_DEVICE", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
+from raytx import keeper, ray_internals, rendezvous
 from raytx.batches import Batches
 from raytx.files import read_json
+from raytx.launch import SharedGPUs
 from raytx.plan import Plan
 from raytx.prepare import META, Prepared
-from raytx.rendezvous import FileTorchConfig
 
 Job = Callable[[Plan, int], Any]
 """What a worker does for a plan, given its rank; what it returns must be JSON."""
@@ -26,13 +26,14 @@ def run(job: Job, plan: Plan, directory: Path) -> list[Any]:
     gpu = plan.recipe.scaling.use_gpu
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= plan.recipe.strategy.environment(use_gpu=gpu)
-    TorchTrainer(
+    meeting_point = rendezvous.in_file(directory, "meet")
+    ray_internals.trainer(
         _loop,
-        train_loop_config={"job": job, "plan": plan.to_dict(), "into": str(directory)},
+        train_loop_config={"job": job, "plan": plan.to_dict(), "into": str(directory), "meeting_point": meeting_point},
+        backend_config=SharedGPUs(),
         scaling_config=ScalingConfig(
             num_workers=plan.world_size, use_gpu=gpu, resources_per_worker=plan.resources_per_worker
         ),
-        torch_config=FileTorchConfig(backend="nccl" if gpu else "gloo", directory=str(directory / "meeting")),
         run_config=RunConfig(
             name="job", storage_path=str(directory / "ray"), worker_runtime_env={"env_vars": environment}
         ),
@@ -41,8 +42,13 @@ def run(job: Job, plan: Plan, directory: Path) -> list[Any]:
 
 
 def _loop(config: dict[str, Any]) -> None:
-    rank = ray.train.get_context().get_world_rank()
-    found = config["job"](Plan.from_dict(config["plan"]), rank)
+    plan = Plan.from_dict(config["plan"])
+    gpu = plan.recipe.scaling.use_gpu
+    os.environ |= keeper.environment(use_gpu=gpu, local=True)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "nccl" if gpu else "gloo"
+    rendezvous.meet(config["meeting_point"], backend=backend, rank=rank, world_size=world_size, timeout_s=600)
+    found = config["job"](plan, rank)
     (Path(config["into"]) / f"{rank}.json").write_text(json.dumps(found))
 
 

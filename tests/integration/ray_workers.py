@@ -4,19 +4,17 @@ starting processes is paid once."""
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.train
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
+from raytx import keeper, ray_internals, rendezvous
 from raytx.plan import Plan
-from raytx.rendezvous import FileTorchConfig
 
 
 def train_all(plans: Sequence[Plan], directory: Path) -> list[list[dict[str, Any]]]:
@@ -28,11 +26,11 @@ def train_all(plans: Sequence[Plan], directory: Path) -> list[list[dict[str, Any
     environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     for plan in plans:
         environment |= plan.recipe.strategy.environment(use_gpu=False)
-    TorchTrainer(
+    meeting_point = rendezvous.in_file(directory, "meet")
+    ray_internals.trainer(
         _loop,
-        train_loop_config={"paths": [str(path) for path in paths]},
+        train_loop_config={"paths": [str(path) for path in paths], "meeting_point": meeting_point},
         scaling_config=ScalingConfig(num_workers=world_size, resources_per_worker={"CPU": 1}),
-        torch_config=FileTorchConfig(backend="gloo", directory=str(directory / "meet")),
         run_config=RunConfig(
             name="plans", storage_path=str(directory / "ray"), worker_runtime_env={"env_vars": environment}
         ),
@@ -43,7 +41,9 @@ def train_all(plans: Sequence[Plan], directory: Path) -> list[list[dict[str, Any
 def _loop(config: dict[str, Any]) -> None:
     from raytx import worker
 
-    rank = ray.train.get_context().get_world_rank()
+    os.environ |= keeper.environment(use_gpu=False, local=True)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rendezvous.meet(config["meeting_point"], backend="gloo", rank=rank, world_size=world_size, timeout_s=600)
     for path in map(Path, config["paths"]):
         plan = Plan.from_dict(json.loads(path.read_text()))
         log = path.with_suffix(".jsonl").open("a") if rank == 0 else None

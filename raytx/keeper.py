@@ -1,0 +1,245 @@
+"""A Ray Train worker: it keeps one rank running, passes messages on, and never trains itself.
+
+It imports neither torch nor the plan's plugins, so it is there quickly, and nothing that a rank does can stop it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.collective
+
+from raytx import cluster, pulse, rendezvous
+from raytx.channel import Channel
+from raytx.pulse import Pulse
+from raytx.supervision import End
+
+BEAT_S = 0.25
+STACK_S = 0.5
+"""How long a process is given to write its stacks."""
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+"""Signals of which faulthandler leaves a stack."""
+
+
+def keep(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep this worker's rank running to the run's end, and return that; what Ray Train runs on every worker."""
+    context = ray.train.get_context()
+    group = ray.train.collective.broadcast_from_rank_zero(f"{time.time_ns():020}-{uuid.uuid4().hex}")
+    with tempfile.TemporaryDirectory(prefix="rank-", dir=cluster.private_directory()) as directory:
+        keeper = Keeper(config, group, context.get_world_rank(), context.get_world_size(), Path(directory))
+        return keeper.run()
+
+
+class Keeper:
+    """One rank's keeper, over as many attempts as there are."""
+
+    def __init__(self, config: Mapping[str, Any], group: str, rank: int, world_size: int, directory: Path) -> None:
+        self._config, self._supervisor = config, config["supervisor"]
+        self._group, self._rank, self._world_size, self._directory = group, rank, world_size, directory
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._address = ray.util.get_node_ip_address()
+
+    def run(self) -> dict[str, Any]:
+        """Begin attempts with the other keepers until one comes to an end that counts."""
+        while True:
+            begun = ray.get(self._supervisor.join.remote(self._group, self._rank, self._world_size, self._place()))
+            if not begun["attempt"]:
+                return {"ordered": begun["ordered"]}
+            end = self._attempt(begun["attempt"], begun["meeting_point"])
+            told = self._supervisor.ended.remote(self._group, begun["attempt"], self._rank, asdict(end))
+            verdict: dict[str, Any] = ray.get(told)
+            if not verdict["again"]:
+                return verdict
+
+    def _place(self) -> dict[str, Any]:
+        port = rendezvous.free_port(self._address) if self._rank == 0 and not self._config["local"] else 0
+        return {"address": self._address, "port": port, "keeper": ray.get_runtime_context().current_actor}
+
+    def _attempt(self, number: int, meeting_point: str) -> End:
+        """Have a rank process, and watch it to its end."""
+        directory = self._directory / str(number)
+        directory.mkdir()
+        path = ray.get(self._supervisor.nursery.remote(self._node_id))
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+            connection.connect(path)
+            channel = Channel(connection)
+            channel.send(self._job(meeting_point, directory))
+            return Watch(channel, directory, self._line(number), self._config["grace_s"]).run()
+
+    def _job(self, meeting_point: str, directory: Path) -> dict[str, Any]:
+        return {
+            "plan": self._config["plan"],
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "meeting_point": meeting_point,
+            "backend": self._config["backend"],
+            "timeout_s": self._config["timeout_s"],
+            "directory": str(directory),
+            "environment": environment(use_gpu=self._config["use_gpu"], local=self._config["local"]),
+            "node": cluster.node_name(self._address, self._node_id),
+        }
+
+    def _line(self, number: int) -> Line:
+        """Return the supervisor's methods for this rank of an attempt."""
+
+        def call(method: str) -> Callable[..., Any]:
+            bound = getattr(self._supervisor, method)
+            return lambda *said: ray.get(bound.remote(self._group, number, self._rank, *said))
+
+        return Line(call("beat"), call("dumped"))
+
+
+def environment(*, use_gpu: bool, local: bool) -> dict[str, str]:
+    """Return the variables in which ranks, or their nodes, differ; asked in a Ray Train worker, for its rank."""
+    context, address = ray.train.get_context(), ray.util.get_node_ip_address()
+    found = {
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if use_gpu and visible:
+        mine = visible.split(",").index(str(ray.get_gpu_ids()[0]))
+        found |= {"CUDA_VISIBLE_DEVICES": visible, "RAYTX_DEVICE": f"cuda:{mine}"}
+    if not local and "GLOO_SOCKET_IFNAME" not in os.environ and (interface := rendezvous.interface(address)):
+        found |= {"GLOO_SOCKET_IFNAME": interface}
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a watch says to the supervisor."""
+
+    beat: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
+    """Pass pulse and records on; return what is to be done."""
+    dumped: Callable[[str], None]
+    """Pass stacks on."""
+
+
+class Watch:
+    """Watches one rank process: passes on what it says, and carries out what the supervisor wants done with it."""
+
+    def __init__(self, channel: Channel, directory: Path, line: Line, grace_s: float) -> None:
+        self._channel, self._directory, self._line, self._grace_s = channel, directory, line, grace_s
+        self._pid: int | None = None
+        self._records: list[dict[str, Any]] = []
+        self._end: End | None = None
+        self._ordered, self._deadline = 0, float("inf")
+        self._asked_at = time.monotonic()
+        self._killed, self._dumped = False, False
+
+    def run(self) -> End:
+        """Return how the process ended."""
+        next_beat = 0.0
+        while True:
+            try:
+                self._take(self._channel.receive(timeout_s=max(0.0, next_beat - time.monotonic())))
+            except TimeoutError:
+                self._tell()
+                next_beat = time.monotonic() + BEAT_S
+            except EOFError:
+                self._tell()
+                return self._end or self._lost()
+            if time.monotonic() > self._deadline:
+                self._kill()
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        match message:
+            case {"record": record}:
+                self._records.append(record)
+            case {"report": metrics}:
+                ray.train.report(metrics)
+            case {"started": pid}:
+                self._pid = pid
+            case {"done": done}:
+                self._end = End("done", step=done["step"])
+            case {"stopped": text, "at": at}:
+                self._end = End("stopped", text, at)
+            case {"failed": text, "at": at, "traceback": told}:
+                self._end = End("failed", text, at, told)
+            case {"exit": code, "peak_bytes": peak}:
+                self._end = self._end or self._exited(code, peak)
+
+    def _exited(self, code: int, peak_bytes: int) -> End:
+        """Return the end of a process that did not say why."""
+        if self._killed:
+            return End("ended", at=time.time())
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        hint = " - the kernel's, where memory ran out" if code == -signal.SIGKILL else ""
+        stacks = self._stacks() if -code in CRASHES else ""
+        return End(
+            "killed", f"was ended by {name}{hint} (peak memory {peak_bytes / 2**20:,.0f} MiB)", time.time(), stacks
+        )
+
+    def _lost(self) -> End:
+        return End("ended" if self._killed else "killed", "is gone, and the process that forked it", time.time())
+
+    def _tell(self) -> None:
+        """Pass pulse and records on; do what the answer wants."""
+        seen = self._pulse()
+        records, self._records = self._records, []
+        answer = self._line.beat(asdict(seen), records)
+        if answer["over"]:
+            self._kill()
+            return
+        if answer["dump"] and not self._dumped:
+            self._dumped = True
+            self._line.dumped(self._dump())
+        order = answer["order"]
+        if order["number"] > self._ordered:
+            self._ordered = order["number"]
+            self._pass_on(order, seen)
+
+    def _pulse(self) -> Pulse:
+        seen = pulse.read(self._directory / "pulse")
+        return seen if seen.beats else replace(seen, age_s=time.monotonic() - self._asked_at)
+
+    def _pass_on(self, order: Mapping[str, Any], seen: Pulse) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.send(dict(order))
+        if order["kind"] == "stop":
+            nothing_to_save = seen.phase in {"start", "restore"}
+            self._deadline = time.monotonic() + (0 if nothing_to_save else self._grace_s)
+
+    def _kill(self) -> None:
+        if self._pid is not None and self._end is None:
+            self._killed = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+
+    def _dump(self) -> str:
+        """Have the process write its stacks, and return them."""
+        if self._pid is None:
+            return "no process yet"
+        if (state := _state(self._pid)) in {"T", "t"}:
+            return "the process is stopped (by SIGSTOP, or a debugger)"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGUSR1)
+        time.sleep(STACK_S)
+        return self._stacks() or f"the process (state {state}) writes no stack"
+
+    def _stacks(self) -> str:
+        path = self._directory / "stacks"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _state(pid: int) -> str:
+    """Return a process's state letter as the kernel has it; empty where it does not tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""

@@ -1,0 +1,196 @@
+"""A rank: a process of its own, without Ray, that trains its part of a plan and talks to its keeper.
+
+It is forked by the fork server, or run as `python -m raytx.rank <channel> <job>` with two inherited descriptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytx import pulse, rendezvous, worker
+from raytx.channel import Channel
+from raytx.errors import RaytxError
+from raytx.journal import Journal
+from raytx.plan import Plan
+from raytx.worker import Order, Record
+
+QUEUE_LIMIT = 10_000
+"""Records that may wait to be written; more are dropped rather than slow a step down."""
+FLUSH_S = 0.2
+FLUSH_LIMIT_S = 10.0
+PARENT_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a keeper asks of a rank. Plain data."""
+
+    plan: dict[str, Any]
+    rank: int
+    world_size: int
+    meeting_point: str
+    backend: str
+    timeout_s: float
+    """How long a collective may take."""
+    directory: str
+    """Where pulse and stacks of this process are."""
+    environment: dict[str, str]
+    node: str
+
+    @property
+    def pulse(self) -> Path:
+        return Path(self.directory) / "pulse"
+
+    @property
+    def stacks(self) -> Path:
+        return Path(self.directory) / "stacks"
+
+
+def main(channel: Channel, message: dict[str, Any]) -> None:
+    """Carry a job out and end the process; what came of it is the last message."""
+    job = Job(**message)
+    os.environ.update(job.environment)
+    _observable(job)
+    orders = Orders(channel)
+    code = 1
+    try:
+        outcome = _outcome(job, channel, orders)
+        code = 0 if "failed" not in outcome else 1
+        channel.send(outcome)
+    finally:
+        _flush_output()
+        os._exit(code)  # libraries' farewells take seconds, and may hang where a peer is gone
+
+
+def _observable(job: Job) -> None:
+    """Write the pulse, and stacks when the process crashes or is asked for them by SIGUSR1."""
+    pulse.begin(job.pulse)
+    stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
+    faulthandler.enable(file=stacks)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it tells the ranks to save first
+
+
+def _outcome(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
+    """Train; return what came of it in words that travel."""
+    try:
+        return {"done": _train(job, channel, orders)}
+    except RaytxError as stop:  # what a user must mend; doing it again would only repeat it
+        return {"stopped": str(stop), "at": time.time()}
+    except BaseException as error:
+        told = "".join(traceback.format_exception(error))
+        return {"failed": f"{type(error).__name__}: {error}", "traceback": told, "at": time.time()}
+
+
+def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
+    plan = Plan.from_dict(job.plan)
+    rendezvous.meet(
+        job.meeting_point, backend=job.backend, rank=job.rank, world_size=job.world_size, timeout_s=job.timeout_s
+    )
+    with Writer(
+        plan.run_dir if job.rank == 0 else None, tell=lambda record: channel.send({"record": record})
+    ) as writer:
+        session = worker.Session(
+            rank=job.rank,
+            log=writer.log,
+            flush=writer.flush,
+            report=lambda metrics: channel.send({"report": dict(metrics)}),
+            node=job.node,
+            order=orders.latest,
+        )
+        state = worker.train(plan, session)
+    rendezvous.part()
+    return {"step": state.step}
+
+
+class Orders:
+    """Hears what the keeper asks for, and ends the process when the keeper is gone."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._parent = channel, os.getppid()
+        self._latest = Order()
+        threading.Thread(target=self._listen, name="raytx-orders", daemon=True).start()
+
+    def latest(self) -> Order:
+        return self._latest
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                self._latest = Order(**self._channel.receive(timeout_s=PARENT_EVERY_S))
+            except TimeoutError:
+                if os.getppid() != self._parent:
+                    os._exit(1)
+            except EOFError:
+                os._exit(1)
+
+
+class Writer:
+    """Takes rank 0's records without blocking a step; a thread writes them to the journal and tells the keeper."""
+
+    def __init__(self, run_dir: Path | None, *, tell: Callable[[Record], None]) -> None:
+        self._run_dir, self._tell = run_dir, tell
+        self._waiting: queue.Queue[Record] = queue.Queue(QUEUE_LIMIT)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._carry, name="raytx-log", daemon=True)
+
+    def __enter__(self) -> Writer:
+        if self._run_dir is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._run_dir is not None:
+            self._thread.join(timeout=FLUSH_LIMIT_S)
+
+    def log(self, record: Record) -> None:
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(record)
+
+    def flush(self) -> None:
+        """Wait until what was logged so far is on disk, but not for a disk that does not answer."""
+        deadline = time.monotonic() + FLUSH_LIMIT_S
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.01)
+
+    def _carry(self) -> None:
+        assert self._run_dir is not None
+        with Journal(self._run_dir) as journal:
+            while not (self._done.wait(FLUSH_S) and self._waiting.empty()):
+                if records := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
+                    self._deliver(records, journal)
+                    for _ in records:
+                        self._waiting.task_done()
+
+    def _deliver(self, records: list[Record], journal: Journal) -> None:
+        """A journal that cannot be written must not stop the training."""
+        if (problem := journal.take(records)) is not None:
+            records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {problem}"}]
+        for record in records:
+            self._tell(record)
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+if __name__ == "__main__":
+    with open(int(sys.argv[2]), "rb") as given:
+        main(Channel(socket.socket(fileno=int(sys.argv[1]))), json.load(given))

@@ -1,0 +1,213 @@
+"""Which ranks run, how they are doing, and what is to happen next: the judgement behind the supervisor, without Ray.
+
+A group is Ray Train's: its workers are the keepers, one for each rank. An attempt is one set of rank processes, which
+the keepers of a group start together. When a rank ends otherwise than it should, the attempt is over: every keeper
+ends its rank, and all start the next attempt, which goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from raytx.pulse import SLOW, Pulse
+
+STALL_STEPS = 5
+"""Trailing median steps without progress that are a stall, where that is longer than the limit."""
+SLOW_LIMITS = 20
+"""Limits that may pass in a phase that is long by nature."""
+SILENCE_S = 10.0
+"""A keeper reports several times a second; beyond this its process, or its node, does not work."""
+SAME_STEP = 3
+"""Errors in a row without one step between them that end a run: the next attempt would meet the same."""
+
+Kind = Literal["done", "stopped", "failed", "killed", "ended"]
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank process ended."""
+
+    kind: Kind
+    """done: it trained to its end. stopped: the user must mend something. failed: it raised. killed: a signal ended it.
+    ended: its keeper ended it, since the attempt was over."""
+    text: str = ""
+    at: float = 0.0
+    """When, in seconds since the epoch."""
+    details: str = ""
+    """Traceback or stacks."""
+    step: int | None = None
+
+
+@dataclass
+class Attempt:
+    """One set of rank processes."""
+
+    number: int
+    world_size: int
+    began: float
+    places: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """What each keeper told of where it is."""
+    pulses: dict[int, tuple[float, Pulse]] = field(default_factory=dict)
+    """The last pulse of each rank, and when it came, by this process's clock."""
+    ends: dict[int, End] = field(default_factory=dict)
+    over: bool = False
+    stalled: str = ""
+    """Why it was ended for a stall."""
+
+    @property
+    def step(self) -> int:
+        return max((pulse.step for _, pulse in self.pulses.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows when an attempt is over."""
+
+    again: bool
+    end: End = field(default_factory=lambda: End("done"))
+    rank: int = 0
+
+
+class Supervision:
+    """The state of a run's attempts. Times are in seconds."""
+
+    def __init__(
+        self,
+        *,
+        max_failures: int,
+        stall_s: float | None,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_failures, self._stall_s, self._tell, self._clock = max_failures, stall_s, tell, clock
+        self.failures = 0
+        self.attempt: Attempt | None = None
+        self._errors_at: tuple[int, int] = (-1, 0)
+        """The step at which the last error came, and how many came there in a row."""
+
+    # ---- attempts
+
+    def begin(self, world_size: int, places: Mapping[int, Mapping[str, Any]]) -> Attempt:
+        number = self.attempt.number + 1 if self.attempt else 1
+        self.attempt = Attempt(number, world_size, self._clock(), dict(places))
+        return self.attempt
+
+    def beat(self, rank: int, pulse: Pulse) -> None:
+        assert self.attempt is not None
+        self.attempt.pulses[rank] = (self._clock(), pulse)
+
+    def ended(self, rank: int, end: End) -> None:
+        assert self.attempt is not None
+        self.attempt.ends[rank] = end
+        if end.kind != "done":
+            self.attempt.over = True
+
+    def settled(self) -> bool:
+        """Tell whether every rank of the attempt has ended."""
+        return self.attempt is not None and len(self.attempt.ends) == self.attempt.world_size
+
+    def verdict(self) -> Verdict:
+        """Return what follows from a settled attempt; told once, as it counts the failure."""
+        assert self.attempt is not None
+        attempt = self.attempt
+        if all(end.kind == "done" for end in attempt.ends.values()):
+            return Verdict(again=False, end=attempt.ends[0])
+        rank, end = cause(attempt.ends)
+        if attempt.stalled:
+            end = End("killed", attempt.stalled)
+        if end.kind == "stopped":
+            return Verdict(again=False, end=end, rank=rank)
+        again = self._counts(end, attempt.step)
+        then = f"starting anew from the last checkpoint ({self._left()})" if again else self._why_not(end)
+        self._tell(f"{gist(rank, end) if not attempt.stalled else attempt.stalled}; {then}")
+        return Verdict(again=again, end=end, rank=rank)
+
+    def lost(self, text: str) -> None:
+        """Count workers that Ray Train lost; it replaces them itself."""
+        self.failures += 1
+        then = (
+            f"replacing the workers ({self._left()})" if self.failures <= self._max_failures else "no restart is left"
+        )
+        self._tell(f"{text}; {then}")
+        if self.attempt is not None:
+            self.attempt.over = True
+
+    def _counts(self, end: End, step: int) -> bool:
+        """Count a failure; tell whether another attempt may follow."""
+        self.failures += 1
+        at, times = self._errors_at
+        self._errors_at = (step, times + 1 if at == step else 1) if end.kind == "failed" else (-1, 0)
+        return self.failures <= self._max_failures and self._errors_at[1] < SAME_STEP
+
+    def _left(self) -> str:
+        return f"restart {self.failures} of at most {self._max_failures}"
+
+    def _why_not(self, end: End) -> str:
+        if end.kind == "failed" and self._errors_at[1] >= SAME_STEP and self.failures <= self._max_failures:
+            return f"that was the {SAME_STEP}rd time at this step, so no other attempt is made"
+        return "no restart is left (scaling.max_failures)"
+
+    # ---- stalls
+
+    def judge(self) -> str | None:
+        """Return who has stalled, in words, when nobody has made progress for longer than the limit."""
+        attempt, now = self.attempt, self._clock()
+        if attempt is None or attempt.over or self._stall_s is None or len(attempt.pulses) < attempt.world_size:
+            return None
+        if silent := self.silent():
+            return (
+                f"the worker of rank {silent[0]} has not been heard of for {now - attempt.pulses[silent[0]][0]:.0f} s"
+            )
+        running = {rank: seen for rank, seen in attempt.pulses.items() if rank not in attempt.ends}
+        idle = min((now - came + pulse.age_s for came, pulse in running.values()), default=0.0)
+        limit = self.limit([pulse for _, pulse in running.values()])
+        if idle <= limit:
+            return None
+        rank = missing({rank: pulse for rank, (_, pulse) in running.items()})
+        pulse = running[rank][1]
+        return (
+            f"rank {rank} is missing: nobody has made progress for {idle:.0f} s (limit {limit:.0f} s), and it is the "
+            f"furthest behind, in {pulse.phase} after step {pulse.step}"
+        )
+
+    def silent(self) -> list[int]:
+        """Return the ranks whose keepers do not report any more."""
+        if self.attempt is None:
+            return []
+        now, limit = self._clock(), max(SILENCE_S, self._stall_s or 0.0)
+        return [
+            rank
+            for rank, (came, _) in self.attempt.pulses.items()
+            if rank not in self.attempt.ends and now - came > limit
+        ]
+
+    def limit(self, pulses: list[Pulse]) -> float:
+        """Return how long a group in these phases may go without progress, in seconds."""
+        assert self._stall_s is not None
+        usual = max(self._stall_s, STALL_STEPS * max((pulse.step_s for pulse in pulses), default=0.0))
+        slow = any(pulse.phase in SLOW or not pulse.step_s for pulse in pulses)  # a first step compiles kernels
+        return usual * SLOW_LIMITS if slow else usual
+
+
+def missing(pulses: Mapping[int, Pulse]) -> int:
+    """Return the rank that the others wait for: with the fewest phases behind it, and the longest in its own."""
+    return min(pulses, key=lambda rank: (pulses[rank].beats, -pulses[rank].age_s))
+
+
+def cause(ends: Mapping[int, End]) -> tuple[int, End]:
+    """Return the end that brought the others about.
+
+    When a process dies, the others fail with a broken connection, which tells nothing: a rank that was killed comes
+    first, then what the user must mend, then the earliest error.
+    """
+    order = {"killed": 0, "stopped": 1, "failed": 2, "ended": 3, "done": 4}
+    return min(ends.items(), key=lambda item: (order[item[1].kind], item[1].at, item[0]))
+
+
+def gist(rank: int, end: End) -> str:
+    """Return how a rank ended, in a line."""
+    lines = end.text.strip().splitlines() or [end.kind]
+    return f"rank {rank} {lines[0] if end.kind == 'killed' else f'failed ({lines[-1].strip()})'}"

@@ -1,0 +1,197 @@
+"""The actor that a run's keepers and its driver meet at: it begins attempts, watches them, and hands out orders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytx import rendezvous
+from raytx.files import write_text
+from raytx.nursery import Nursery
+from raytx.pulse import Pulse
+from raytx.supervision import Attempt, End, Supervision, Verdict
+from raytx.worker import Order, Record
+
+QUEUE_LIMIT = 10_000
+"""Records that may wait for the driver; more are dropped, oldest first."""
+JUDGE_EVERY_S = 1.0
+STACKS_S = 5.0
+"""How long a stalled group is given to write its stacks."""
+DRAINS_EVERY_S = 2.0
+STACK_LINES = 6
+"""Innermost lines of a rank's main thread that are shown; the file has all."""
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class Supervisor:
+    """One for each run. Methods that wait are coroutines; a restart forgets everything, and keepers begin anew."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._state = Supervision(max_failures=settings["max_failures"], stall_s=settings["stall_s"], tell=self._remark)
+        self._records: list[Record] = []
+        self._nurseries: dict[str, Any] = {}
+        self._group = ""
+        self._waiting: dict[int, Mapping[str, Any]] = {}
+        self._order = Order()
+        self._stacks: dict[int, str] | None = None
+        self._verdict: Verdict | None = None
+        self._changed = asyncio.Condition()
+        self._watch: asyncio.Task[None] | None = None
+
+    # ---- the driver
+
+    async def drain(self) -> list[Record]:
+        """Return the records that came since the last call."""
+        records, self._records = self._records, []
+        return records
+
+    async def order(self, kind: str) -> None:
+        """Have the ranks save, or save and end."""
+        if self._order.kind != "stop":
+            self._order = Order(self._order.number + 1, kind)  # type: ignore[arg-type]
+
+    async def lost(self, text: str) -> None:
+        """Take note that Ray Train lost workers, in words."""
+        self._state.lost(text)
+
+    async def warm(self, node_id: str) -> None:
+        """Have a node import what ranks will need, before they are asked for."""
+        self._nursery(node_id)
+
+    # ---- keepers
+
+    async def join(self, group: str, rank: int, world_size: int, place: Mapping[str, Any]) -> dict[str, Any]:
+        """Wait until all ranks of a group have come; return the attempt that they begin together."""
+        self._watch = self._watch or asyncio.create_task(self._watched())
+        if self._order.kind == "stop":
+            return {"attempt": 0, "ordered": True}
+        if group > self._group:
+            self._group, self._waiting = group, {}
+        self._waiting[rank] = place
+        async with self._changed:
+            self._changed.notify_all()
+            if len(self._waiting) == world_size:
+                self._begin(world_size)
+            await self._changed.wait_for(lambda: rank not in self._waiting or group != self._group)
+        return self._told(rank)
+
+    def _begin(self, world_size: int) -> None:
+        attempt = self._state.begin(world_size, self._waiting)
+        self._waiting, self._stacks, self._verdict = {}, None, None
+        if self._order.kind == "save":
+            self._order = replace(self._order, kind="")
+        attempt.places[0] = {**attempt.places[0], "meeting_point": self._meeting_point(attempt)}
+        self._changed.notify_all()
+
+    def _meeting_point(self, attempt: Attempt) -> str:
+        first = attempt.places[0]
+        if self._settings["local"]:
+            return rendezvous.in_file(Path(self._settings["directory"]), f"rendezvous-{uuid.uuid4().hex}")
+        return rendezvous.at(first["address"], first["port"])
+
+    def _told(self, rank: int) -> dict[str, Any]:
+        attempt = self._state.attempt
+        if attempt is None or rank not in attempt.places:
+            return {"attempt": 0, "ordered": False}
+        return {"attempt": attempt.number, "meeting_point": attempt.places[0]["meeting_point"]}
+
+    def _current(self, group: str, number: int) -> Attempt | None:
+        attempt = self._state.attempt
+        return attempt if attempt is not None and group == self._group and attempt.number == number else None
+
+    async def nursery(self, node_id: str) -> str:
+        """Return the address of a node's fork server."""
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return await self._nursery(node_id).address.remote()  # type: ignore[no-any-return]
+        self._nurseries.pop(node_id)
+        return await self._nursery(node_id).address.remote()  # type: ignore[no-any-return]
+
+    def _nursery(self, node_id: str) -> Any:
+        if node_id not in self._nurseries:
+            here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            self._nurseries[node_id] = Nursery.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
+                self._settings["plan"], self._settings["environment"]
+            )
+        return self._nurseries[node_id]
+
+    async def beat(
+        self, group: str, number: int, rank: int, pulse: Mapping[str, Any], records: list[Record]
+    ) -> dict[str, Any]:
+        """Take a rank's pulse and records; return what its keeper is to do."""
+        self._records = (self._records + records)[-QUEUE_LIMIT:]
+        attempt = self._current(group, number)
+        if attempt is None:
+            return {"over": True}
+        if rank not in attempt.ends:
+            self._state.beat(rank, Pulse(**pulse))
+        return {"over": attempt.over, "order": asdict(self._order), "dump": self._stacks is not None}
+
+    async def dumped(self, group: str, number: int, rank: int, stacks: str) -> None:
+        """Take a rank's stacks, which `beat` asked for."""
+        if self._current(group, number) is not None and self._stacks is not None:
+            self._stacks[rank] = stacks
+
+    async def ended(self, group: str, number: int, rank: int, end: Mapping[str, Any]) -> dict[str, Any]:
+        """Take how a rank ended; return, when all have, what follows: {"again": True} or the run's end."""
+        attempt = self._current(group, number)
+        if attempt is None:
+            return {"again": True}
+        async with self._changed:
+            self._state.ended(rank, End(**end))
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._state.settled() or self._current(group, number) is None)
+        if self._current(group, number) is None:
+            return {"again": True}
+        self._verdict = self._verdict or self._state.verdict()
+        return {"again": self._verdict.again, "end": asdict(self._verdict.end), "rank": self._verdict.rank}
+
+    # ---- watching
+
+    async def _watched(self) -> None:
+        while True:
+            await asyncio.sleep(JUDGE_EVERY_S)
+            if (stall := self._state.judge()) is not None:
+                await self._end_stalled(stall)
+
+    async def _end_stalled(self, stall: str) -> None:
+        """Collect every rank's stacks, tell them, and let keepers end what is left."""
+        attempt = self._state.attempt
+        assert attempt is not None
+        self._stacks = {}
+        deadline = time.monotonic() + STACKS_S
+        while len(self._stacks) < attempt.world_size - len(attempt.ends) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        self._tell_stacks(stall, self._stacks)
+        attempt.stalled, attempt.over = stall, True
+        for rank in self._state.silent():
+            ray.kill(attempt.places[rank]["keeper"])  # Ray Train replaces the group
+
+    def _tell_stacks(self, stall: str, stacks: Mapping[int, str]) -> None:
+        path = Path(self._settings["run_dir"]) / "stalls" / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        full = "\n".join(f"rank {rank}\n{text}\n" for rank, text in sorted(stacks.items()))
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, f"{stall}\n\n{full}")
+        self._remark(f"{stall}. Every rank's stack, in full in {path}:")
+        for rank, text in sorted(stacks.items()):
+            self._remark(f"rank {rank}: {innermost(text)}")
+
+    def _remark(self, text: str) -> None:
+        self._records.append({"kind": "remark", "text": text})
+
+
+def innermost(stacks: str) -> str:
+    """Return the innermost lines of the main thread, which faulthandler writes last, innermost first."""
+    head, _, main = stacks.rpartition("(most recent call first):")
+    lines = (main if head else stacks).strip().splitlines()
+    return "\n".join(lines[:STACK_LINES])
