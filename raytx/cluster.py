@@ -51,6 +51,8 @@ def connect(
     if ray.is_initialized():
         return
     ray_internals.self_check()
+    if not verbose:
+        ray_internals.quiet()
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         _join(address, verbose=verbose)

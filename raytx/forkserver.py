@@ -36,6 +36,7 @@ def main() -> None:
     """Warm up, then serve until the owner is gone."""
     listener = socket.socket(fileno=int(sys.argv[1]))
     listener.set_inheritable(False)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks ranks for their stacks; some are not ready for it yet
     warm_up(json.loads(sys.stdin.readline()))
     with _children_wake() as woken:
         Server(listener, woken).run()

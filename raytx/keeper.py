@@ -29,6 +29,7 @@ from raytx.supervision import End
 BEAT_S = 0.25
 STACK_S = 0.5
 """How long a process is given to write its stacks."""
+STOPPED = {"T", "t"}
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 """Signals of which faulthandler leaves a stack."""
 
@@ -206,7 +207,9 @@ class Watch:
 
     def _pulse(self) -> Pulse:
         seen = pulse.read(self._directory / "pulse")
-        return seen if seen.beats else replace(seen, age_s=time.monotonic() - self._asked_at)
+        if self._pid is None or not seen.beats:
+            return replace(seen, age_s=time.monotonic() - self._asked_at)
+        return replace(seen, stopped=_state(self._pid) in STOPPED)
 
     def _pass_on(self, order: Mapping[str, Any], seen: Pulse) -> None:
         with contextlib.suppress(OSError):
@@ -225,7 +228,7 @@ class Watch:
         """Have the process write its stacks, and return them."""
         if self._pid is None:
             return "no process yet"
-        if (state := _state(self._pid)) in {"T", "t"}:
+        if (state := _state(self._pid)) in STOPPED:
             return "the process is stopped (by SIGSTOP, or a debugger)"
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGUSR1)

@@ -169,12 +169,16 @@ class TellFailures(UserCallback):  # type: ignore[misc]
 
 def first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
     """Return the failure that brought the others about: a worker that died, then the lowest rank's error."""
-    return min(failures.items(), key=lambda item: (not isinstance(item[1], ray.exceptions.RayActorError), item[0]))
+    return min(failures.items(), key=lambda item: (not _died(item[1]), item[0]))
+
+
+def _died(error: Exception) -> bool:
+    return isinstance(getattr(error, "health_check_failure", error), ray.exceptions.RayActorError)
 
 
 def _gist(error: Exception) -> str:
     """Return an error in a line: its last one, where Ray puts what happened."""
-    if isinstance(error, ray.exceptions.RayActorError):
+    if _died(error):
         return "its process died"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()

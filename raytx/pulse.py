@@ -38,6 +38,8 @@ class Pulse:
     """Seconds since the phase was entered."""
     step_s: float = 0.0
     """Median seconds of the last steps; 0 before the first is done."""
+    stopped: bool = False
+    """Whether the process is stopped, by SIGSTOP or a debugger; its keeper looks, as it cannot tell itself."""
 
 
 class Pen:

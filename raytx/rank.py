@@ -77,11 +77,14 @@ def main(channel: Channel, message: dict[str, Any]) -> None:
 
 
 def _observable(job: Job) -> None:
-    """Write the pulse, and stacks when the process crashes or is asked for them by SIGUSR1."""
+    """Write the pulse, and stacks when the process crashes or is asked for them by SIGUSR1.
+
+    Asked for is the main thread's stack alone: walking those of threads that run may crash the process.
+    """
     pulse.begin(job.pulse)
     stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
     faulthandler.enable(file=stacks)
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it tells the ranks to save first
 
 

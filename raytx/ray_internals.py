@@ -16,6 +16,8 @@ from raytx.errors import RaytxError
 USED = {
     # loopback_only: Ray takes a machine's outside address for its own even when told 127.0.0.1
     "ray._private.ray_constants": ("ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"),
+    # quiet: what the raylet says of dead workers is printed into the driver's output, whatever log_to_driver says
+    "ray._private.worker": ("print_to_stdstream",),
     # any_agent_port: ray.init has no option for it
     "ray._private.parameter": ("RayParams",),
     # token mode is read once, when ray is imported; it must be read again after it was switched on
@@ -73,6 +75,13 @@ def loopback_only() -> Iterator[None]:
         os.environ.pop(variable)
         if outer is not None:
             os.environ[variable] = outer
+
+
+def quiet() -> None:
+    """Keep the raylet's words about dead workers out of this process's output; raytx tells of them in its own."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
 
 
 @contextlib.contextmanager

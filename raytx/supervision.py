@@ -122,7 +122,7 @@ class Supervision:
             return Verdict(again=False, end=end, rank=rank)
         again = self._counts(end, attempt.step)
         then = f"starting anew from the last checkpoint ({self._left()})" if again else self._why_not(end)
-        self._tell(f"{gist(rank, end) if not attempt.stalled else attempt.stalled}; {then}")
+        self._tell(f"{'stalled' if attempt.stalled else gist(rank, end)}; {then}")
         return Verdict(again=again, end=end, rank=rank)
 
     def lost(self, text: str) -> None:
@@ -168,9 +168,10 @@ class Supervision:
             return None
         rank = missing({rank: pulse for rank, (_, pulse) in running.items()})
         pulse = running[rank][1]
+        why = "its process is stopped" if pulse.stopped else "it is the furthest behind"
         return (
-            f"rank {rank} is missing: nobody has made progress for {idle:.0f} s (limit {limit:.0f} s), and it is the "
-            f"furthest behind, in {pulse.phase} after step {pulse.step}"
+            f"rank {rank} is missing: nobody has made progress for {idle:.0f} s (limit {limit:.0f} s), and {why}, in "
+            f"{pulse.phase} after step {pulse.step}"
         )
 
     def silent(self) -> list[int]:
@@ -193,8 +194,8 @@ class Supervision:
 
 
 def missing(pulses: Mapping[int, Pulse]) -> int:
-    """Return the rank that the others wait for: with the fewest phases behind it, and the longest in its own."""
-    return min(pulses, key=lambda rank: (pulses[rank].beats, -pulses[rank].age_s))
+    """Return the rank that the others wait for: stopped, or with the fewest phases behind it and longest in its own."""
+    return min(pulses, key=lambda rank: (not pulses[rank].stopped, pulses[rank].beats, -pulses[rank].age_s))
 
 
 def cause(ends: Mapping[int, End]) -> tuple[int, End]:

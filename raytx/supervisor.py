@@ -191,7 +191,7 @@ class Supervisor:
 
 
 def innermost(stacks: str) -> str:
-    """Return the innermost lines of the main thread, which faulthandler writes last, innermost first."""
+    """Return the innermost lines of a stack that faulthandler wrote last, innermost first."""
     head, _, main = stacks.rpartition("(most recent call first):")
     lines = (main if head else stacks).strip().splitlines()
     return "\n".join(lines[:STACK_LINES])

@@ -1,0 +1,188 @@
+"""Attempts, their ends and stalls, judged without any process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from raytx.pulse import Pulse
+from raytx.supervision import SAME_STEP, SILENCE_S, SLOW_LIMITS, STALL_STEPS, End, Supervision, cause
+
+DONE = End("done", step=9)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Run:
+    """A supervision of two ranks, and what it told."""
+
+    def __init__(self, *, max_failures=3, stall_s=30.0):
+        self.told, self.clock = [], Clock()
+        self.state = Supervision(max_failures=max_failures, stall_s=stall_s, tell=self.told.append, clock=self.clock)
+        self.begin()
+
+    def begin(self):
+        return self.state.begin(2, {0: {}, 1: {}})
+
+    def ends(self, *ends):
+        for rank, end in enumerate(ends):
+            self.state.ended(rank, end)
+        return self.state.verdict()
+
+    def beats(self, *pulses):
+        for rank, pulse in enumerate(pulses):
+            self.state.beat(rank, pulse)
+
+
+def test_a_run_whose_ranks_are_all_done_is_at_its_end():
+    verdict = Run().ends(DONE, DONE)
+    assert not verdict.again
+    assert verdict.end == DONE
+
+
+def test_a_killed_rank_brings_another_attempt_and_is_named():
+    run = Run()
+    verdict = run.ends(
+        End("failed", "RuntimeError: Connection closed by peer", 1.0), End("killed", "was ended by SIGKILL", 2.0)
+    )
+    assert verdict.again
+    assert verdict.rank == 1
+    assert run.told == ["rank 1 was ended by SIGKILL; starting anew from the last checkpoint (restart 1 of at most 3)"]
+
+
+def test_the_first_error_is_told_and_not_those_that_follow_from_it():
+    ends = {0: End("failed", "RuntimeError: Connection closed", 2.0), 1: End("failed", "ValueError: the cause", 1.0)}
+    assert cause(ends) == (1, ends[1])
+
+
+def test_what_the_user_must_mend_ends_the_run_at_once():
+    verdict = Run().ends(End("failed", "Connection closed", 1.0), End("stopped", "the disk is full", 2.0))
+    assert not verdict.again
+    assert verdict.end.text == "the disk is full"
+
+
+def test_one_rank_that_is_done_while_another_failed_is_not_the_end():
+    assert Run().ends(DONE, End("killed", "was ended by SIGKILL")).again
+
+
+def test_after_max_failures_no_restart_is_left():
+    run = Run(max_failures=1)
+    assert run.ends(DONE, End("killed", "was ended by SIGKILL")).again
+    run.begin()
+    assert not run.ends(DONE, End("killed", "was ended by SIGKILL")).again
+    assert "no restart is left (scaling.max_failures)" in run.told[-1]
+
+
+def test_errors_in_a_row_at_one_step_end_a_run_before_its_restarts_are_used_up():
+    run = Run(max_failures=100)
+    verdicts = []
+    for _ in range(SAME_STEP):
+        run.beats(Pulse(step=4), Pulse(step=4))
+        verdicts.append(run.ends(DONE, End("failed", "ValueError: always")).again)
+        run.begin()
+    assert verdicts == [True] * (SAME_STEP - 1) + [False]
+    assert "no other attempt is made" in run.told[-1]
+
+
+def test_errors_between_which_the_run_gets_on_are_not_in_a_row():
+    run = Run(max_failures=100)
+    for step in range(SAME_STEP + 2):
+        run.beats(Pulse(step=step), Pulse(step=step))
+        assert run.ends(DONE, End("failed", "ValueError: now and then")).again
+        run.begin()
+
+
+def test_kills_at_one_step_are_no_errors_of_the_run():
+    run = Run(max_failures=100)
+    for _ in range(SAME_STEP + 2):
+        assert run.ends(DONE, End("killed", "was ended by SIGKILL")).again
+        run.begin()
+
+
+def test_workers_that_ray_lost_count_as_failures():
+    run = Run(max_failures=1)
+    run.state.lost("the worker of rank 0 failed (its process died)")
+    assert run.told[-1].endswith("replacing the workers (restart 1 of at most 1)")
+    assert run.state.attempt.over
+    run.begin()
+    assert not run.ends(DONE, End("killed", "was ended by SIGKILL")).again
+
+
+BUSY = Pulse(beats=50, step=7, phase="backward", step_s=0.1)
+
+
+def test_ranks_that_make_no_progress_for_longer_than_the_limit_have_stalled_and_the_one_behind_is_named():
+    run = Run()
+    run.beats(replace(BUSY, age_s=29), replace(BUSY, beats=49, phase="forward", age_s=29))
+    assert run.state.judge() is None
+    run.beats(replace(BUSY, age_s=31), replace(BUSY, beats=49, phase="forward", age_s=31))
+    told = run.state.judge()
+    assert told is not None
+    assert "rank 1 is missing" in told
+    assert "in forward after step 7" in told
+    assert "31 s (limit 30 s)" in told
+
+
+def test_a_stopped_process_is_the_missing_one_however_far_it_got():
+    run = Run()
+    run.beats(replace(BUSY, age_s=40, stopped=True), replace(BUSY, beats=49, age_s=41))
+    assert "rank 0 is missing" in run.state.judge()
+    assert "its process is stopped" in run.state.judge()
+
+
+def test_a_group_of_which_one_rank_still_gets_on_has_not_stalled():
+    run = Run()
+    run.beats(replace(BUSY, age_s=0.1), replace(BUSY, age_s=300))
+    assert run.state.judge() is None
+
+
+@pytest.mark.parametrize("phase", ["start", "restore", "checkpoint", "end"])
+def test_phases_that_may_be_long_have_a_longer_limit_for_everybody_who_waits_for_them(phase):
+    run = Run()
+    run.beats(replace(BUSY, phase=phase, age_s=31 * (SLOW_LIMITS - 1)), replace(BUSY, age_s=31 * (SLOW_LIMITS - 1)))
+    assert run.state.judge() is None
+    run.beats(replace(BUSY, phase=phase, age_s=31 * SLOW_LIMITS), replace(BUSY, age_s=31 * SLOW_LIMITS))
+    assert run.state.judge() is not None
+
+
+def test_the_first_step_may_be_long_as_kernels_are_compiled():
+    run = Run()
+    run.beats(replace(BUSY, step_s=0.0, age_s=100), replace(BUSY, step_s=0.0, age_s=100))
+    assert run.state.judge() is None
+
+
+def test_steps_that_are_long_by_themselves_lengthen_the_limit():
+    run = Run()
+    slow = replace(BUSY, step_s=20.0, age_s=20.0 * STALL_STEPS - 1)
+    run.beats(slow, slow)
+    assert run.state.judge() is None
+    run.beats(replace(slow, age_s=101), replace(slow, age_s=101))
+    assert "limit 100 s" in run.state.judge()
+
+
+def test_a_keeper_that_falls_silent_is_named():
+    run = Run(stall_s=5.0)
+    run.beats(BUSY, BUSY)
+    run.clock.now += SILENCE_S + 1
+    run.state.beat(0, BUSY)
+    assert run.state.silent() == [1]
+    assert "the worker of rank 1 has not been heard of" in run.state.judge()
+
+
+def test_null_waits_for_ever():
+    run = Run(stall_s=None)
+    run.beats(replace(BUSY, age_s=1e6), replace(BUSY, age_s=1e6))
+    assert run.state.judge() is None
+
+
+def test_a_stalled_attempt_is_begun_anew():
+    run = Run()
+    run.state.attempt.stalled = "rank 1 is missing"
+    assert run.ends(End("ended"), End("ended")).again
+    assert run.told == ["stalled; starting anew from the last checkpoint (restart 1 of at most 3)"]
