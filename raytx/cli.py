@@ -126,24 +126,31 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool, address: str | 
     """Show what training RECIPE would do, without starting a process."""
     from raytx.plan import origins, resolve, strategy_settings
     from raytx.recipe import load, parse_overrides
+    from raytx.show import show_plan, sizes
 
     resolved = resolve(loaded := load(recipe, overrides), origins=origins(loaded, parse_overrides(overrides)))
     if as_json:
         settings = {key: value for key, (value, _) in strategy_settings(resolved).items()}
-        click.echo(json.dumps(resolved.to_dict() | {"strategy_settings": settings}, indent=2))
+        elastic = {"elastic": sizes(resolved), "unusable": resolved.unusable()} if resolved.elastic else {}
+        click.echo(json.dumps(resolved.to_dict() | elastic | {"strategy_settings": settings}, indent=2))
         return
-    from raytx.show import show_plan
+    if address:
+        resolved, nodes = _placed(resolved, address)
+        show_plan(resolved, _console(), nodes=nodes)
+    else:
+        show_plan(resolved, _console())
 
-    show_plan(resolved, _console(), nodes=_nodes(resolved, address) if address else None)
 
-
-def _nodes(plan: Plan, address: str) -> list[str]:
+def _placed(plan: Plan, address: str) -> tuple[Plan, list[str]]:
+    """Return the plan on as many workers as a cluster has room for, and the node that each rank would get."""
     from raytx import cluster
 
-    scaling = plan.recipe.scaling
+    scaling, one = plan.recipe.scaling, plan.resources_per_worker
     cluster.connect(address)
-    return cluster.placed(
-        plan.resources_per_worker,
+    count = cluster.most(plan.sizes, one, nodes=cluster.free(), placement_strategy=scaling.placement_strategy)
+    plan = plan.on(count or plan.sizes[0])
+    return plan, cluster.placed(
+        one,
         num_workers=plan.world_size,
         placement_strategy=scaling.placement_strategy,
         wait_s=scaling.wait_s,

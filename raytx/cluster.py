@@ -116,6 +116,14 @@ def groups(
     return count
 
 
+def most(
+    sizes: Sequence[int], resources_of_one_worker: Resources, *, nodes: Sequence[Resources], placement_strategy: str
+) -> int | None:
+    """Return the largest group, of these sizes, that fits on nodes; None where none does."""
+    fitting = (size for size in sizes if _has_room(nodes, resources_of_one_worker, size, placement_strategy))
+    return max(fitting, default=None)
+
+
 def passed_on() -> dict[str, str]:
     """Return the driver's variables that workers and replicas need; Ray passes on none by itself."""
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ}

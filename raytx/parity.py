@@ -93,7 +93,7 @@ def _possible(recipe: Recipe, strategies: Sequence[str], steps: int, console: Co
 
 def _curve(recipe: Recipe, strategy: str, steps: int, address: str | None, verbose: bool) -> list[dict[str, Any]]:
     """Train anew under one strategy and return its step rows."""
-    plan = resolve(_under(recipe, strategy, steps=steps))
+    plan = resolve(_under(recipe, strategy, steps=steps)).fixed()
     shutil.rmtree(plan.run_dir, ignore_errors=True)
     fit(plan, address=address, verbose=verbose, export=False)
     curve = [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from raytx import __version__, optimizer, schedule
 from raytx.components import Component, ModelSize, StrategyConfig
-from raytx.errors import PluginError, RecipeError, ResourceError, did_you_mean
+from raytx.errors import PluginError, RaytxError, RecipeError, ResourceError, did_you_mean
 from raytx.files import digest
 from raytx.layout import Layout
 from raytx.memory import Memory, estimate, estimate_stages
@@ -39,6 +39,8 @@ class Plan:
     """Bytes that one rank holds: of each pipeline stage, where there are any."""
     stages: tuple[tuple[int, int], ...] = ()
     """Pieces [first, last) of the model that each pipeline stage holds; empty where nothing is cut."""
+    sizes: tuple[int, ...] = ()
+    """Numbers of workers, rising, on which the plan can be carried out; this one is for one of them, see `on`."""
     origins: dict[str, str] = field(default_factory=dict)
     """Where each value of the recipe came from: recipe, override or default."""
     steps: int | None = None
@@ -52,6 +54,28 @@ class Plan:
     @property
     def world_size(self) -> int:
         return self.layout.world_size
+
+    @property
+    def elastic(self) -> bool:
+        """Whether workers may come and go: Ray Train is to be given more than one size."""
+        return len(self.sizes) > 1
+
+    def on(self, num_workers: int) -> Plan:
+        """Return the same plan on another of its sizes: grid, accumulation, stages and bytes anew, all else as it is.
+
+        From the plan alone: a worker calls it when it is told how many there are.
+        """
+        return replace(self, **_spread(self.recipe, self.size, num_workers))
+
+    def fixed(self) -> Plan:
+        """Return the plan for this size and no other."""
+        return replace(self, sizes=(self.world_size,))
+
+    def unusable(self) -> dict[int, str]:
+        """Return why the plan cannot be carried out on the other numbers of workers in the recipe's range."""
+        scaling = self.recipe.scaling
+        others = set(range(scaling.min_workers, scaling.max_workers + 1)) - set(self.sizes)
+        return {count: str(_refused(self.recipe, self.size, count)) for count in sorted(others)}
 
     @property
     def run_dir(self) -> Path:
@@ -93,6 +117,7 @@ class Plan:
             "size": asdict(self.size),
             "memory": [asdict(stage) for stage in self.memory],
             "stages": self.stages,
+            "sizes": self.sizes,
             "origins": self.origins,
             "steps": self.steps,
             "steps_per_epoch": self.steps_per_epoch,
@@ -112,6 +137,7 @@ class Plan:
                 "size": ModelSize(**{**data["size"], "pieces": tuple(data["size"]["pieces"])}),
                 "memory": tuple(Memory(**stage) for stage in data["memory"]),
                 "stages": tuple((first, last) for first, last in data["stages"]),
+                "sizes": tuple(data["sizes"]),
             }
         )
 
@@ -149,42 +175,82 @@ def resolve(recipe: Recipe, *, origins: Mapping[str, str] | None = None) -> Plan
         raise RecipeError(refusal)
     if (refusal := recipe.strategy.refusal(recipe)) is not None:
         raise RecipeError(f"strategy.type={recipe.strategy.type}: {refusal}")
-    layout = _layout(recipe)
-    accumulation = _accumulation(recipe, layout)
     metric, mode = _metric(recipe)
     size = recipe.model.size()
-    if (misfit := recipe.strategy.misfit(recipe, layout, size)) is not None:
-        raise RecipeError(f"strategy.type={recipe.strategy.type}: {misfit}")
     if size.context_length is not None and recipe.train.max_length > size.context_length:
         raise RecipeError(
             f"train.max_length={recipe.train.max_length} is more than the {size.context_length} positions the model has"
         )
-    stages = recipe.strategy.stages(layout, size)
-    memory = _memory(recipe, layout, size, stages, accumulation)
-    resources = _resources(recipe, max(memory, key=lambda stage: stage.total))
+    sizes = _sizes(recipe, size)
     return Plan(
         recipe=recipe,
-        layout=layout,
-        gradient_accumulation_steps=accumulation,
-        resources_per_worker=resources,
+        **_spread(recipe, size, sizes[-1]),
+        sizes=sizes,
+        resources_per_worker=_resources(recipe),
         metric=metric,
         metric_mode=mode,
         plugins=_plugins(recipe),
         size=size,
-        stages=stages,
-        memory=memory,
         origins=dict(origins or _origins(recipe)),
         steps=recipe.train.steps,
     )
 
 
-def _layout(recipe: Recipe) -> Layout:
-    world_size = recipe.scaling.num_workers
-    layout = recipe.strategy.layout(world_size)
-    if layout.world_size != world_size:
+# ---------------------------------------------------------------------------------------------- on how many workers
+
+
+def _sizes(recipe: Recipe, size: ModelSize) -> tuple[int, ...]:
+    """Return the numbers of workers in the recipe's range that the recipe can be carried out on."""
+    least, most = recipe.scaling.min_workers, recipe.scaling.max_workers
+    if least == most:
+        _spread(recipe, size, most)
+        return (most,)
+    usable = tuple(count for count in range(least, most + 1) if _refused(recipe, size, count) is None)
+    if not usable:
+        raise RecipeError(_none_usable(recipe, size))
+    return usable
+
+
+def _none_usable(recipe: Recipe, size: ModelSize) -> str:
+    """Say why no number of workers in the range will do, by the one that is nearest to one that would."""
+    least, most = recipe.scaling.min_workers, recipe.scaling.max_workers
+    fewer = next((n for n in range(least - 1, 0, -1) if _refused(recipe, size, n) is None), None)
+    more = next((n for n in range(most + 1, 2 * most + 1) if _refused(recipe, size, n) is None), None)
+    near = most if fewer is None or (more is not None and more - most <= least - fewer) else least
+    instead = " or ".join(str(count) for count in (fewer, more) if count is not None)
+    return (
+        f"scaling.num_workers=[{least}, {most}]: it runs on none of these numbers of workers. On {near}: "
+        f"{_refused(recipe, size, near)}" + (f". The nearest that would do: {instead}" if instead else "")
+    )
+
+
+def _refused(recipe: Recipe, size: ModelSize, num_workers: int) -> RaytxError | None:
+    """Return what speaks against carrying a recipe out on so many workers, or None."""
+    try:
+        _spread(recipe, size, num_workers)
+    except (RecipeError, ResourceError) as error:
+        return error
+    return None
+
+
+def _spread(recipe: Recipe, size: ModelSize, num_workers: int) -> dict[str, Any]:
+    """Return what a plan says of a number of workers; raise the number that makes it impossible."""
+    layout = _layout(recipe, num_workers)
+    accumulation = _accumulation(recipe, layout)
+    if (misfit := recipe.strategy.misfit(recipe, layout, size)) is not None:
+        raise RecipeError(f"strategy.type={recipe.strategy.type}: {misfit}")
+    stages = recipe.strategy.stages(layout, size)
+    memory = _memory(recipe, layout, size, stages, accumulation)
+    _check_memory(recipe, max(memory, key=lambda stage: stage.total))
+    return {"layout": layout, "gradient_accumulation_steps": accumulation, "stages": stages, "memory": memory}
+
+
+def _layout(recipe: Recipe, num_workers: int) -> Layout:
+    layout = recipe.strategy.layout(num_workers)
+    if layout.world_size != num_workers:
         raise RecipeError(
             f"strategy.type={recipe.strategy.type} runs on {layout.world_size} workers, "
-            f"scaling.num_workers is {world_size}"
+            f"scaling.num_workers is {num_workers}"
         )
     return layout
 
@@ -233,21 +299,24 @@ def _metric(recipe: Recipe) -> tuple[str, Literal["min", "max"]]:
     return metric, recipe.evaluate.mode or modes[metric]
 
 
-def _resources(recipe: Recipe, memory: Memory) -> dict[str, float]:
+def _resources(recipe: Recipe) -> dict[str, float]:
     scaling = recipe.scaling
     resources = dict(scaling.resources_per_worker or {"GPU" if scaling.use_gpu else "CPU": 1.0})
     if scaling.use_gpu:
         resources.setdefault("GPU", 1.0)
     elif resources.get("GPU"):
         raise RecipeError("scaling.resources_per_worker asks for GPU, but scaling.use_gpu is false")
-    limit = resources.get("memory")
-    if limit and not scaling.use_gpu and memory.total > limit:
+    return resources
+
+
+def _check_memory(recipe: Recipe, memory: Memory) -> None:
+    limit = (recipe.scaling.resources_per_worker or {}).get("memory")
+    if limit and not recipe.scaling.use_gpu and memory.total > limit:
         raise ResourceError(
             f"one rank needs about {memory.total:,} bytes, scaling.resources_per_worker.memory is {limit:,.0f}. "
             "Use more workers with a strategy that shards, a smaller train.micro_batch_size, or "
             "train.activation_checkpointing=true"
         )
-    return resources
 
 
 def _check_files(recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -195,8 +195,10 @@ def _plan(plan: Record) -> str:
 def _ranks(run: Run) -> list[Record]:
     """Return where each rank of the last attempt ran, and its place in the grid."""
     layout = Layout(**(run.plan.get("layout") or {}))
-    if len(run.nodes) != layout.world_size:
+    copies, rest = divmod(len(run.nodes), layout.ranks_per_replica)  # an elastic run may be on fewer than its plan
+    if rest or not copies:
         return []
+    layout = replace(layout, data_parallel_size=copies)
     used = {name for name, count in asdict(layout).items() if count > 1}
     return [
         {"node": node, "rank": str(rank)}

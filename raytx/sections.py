@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SEEDS = 2**32
 """NumPy and torch take seeds below this."""
+WORKERS = 10_000
+"""More workers are a slip of the finger; every size up to the largest is tried when a plan is made."""
 
 
 class Section(BaseModel):
@@ -154,8 +156,9 @@ class Save(Section):
 class Scaling(Section):
     """The Ray workers: how many, with what, and how often they may fail. The words are Ray's."""
 
-    num_workers: int = Field(1, gt=0)
-    """Ray Train workers, one process and rank each."""
+    num_workers: int | tuple[int, int] = 1
+    """Ray Train workers, one process and rank each. [min, max] makes the run elastic: it starts with what there is,
+    goes on with fewer when nodes are lost and with more when nodes come, and learns the same with any number."""
     use_gpu: bool = False
     """One GPU for each worker."""
     resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] | None = None
@@ -173,6 +176,29 @@ class Scaling(Section):
     restarted; at least five times the usual step, and twenty times as much while starting or saving. Null waits on."""
     grace_s: float = Field(30, gt=0)
     """Seconds that ranks have to save when the run is told to end (Ctrl-C, SIGTERM, a job's stop)."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, given: Any) -> Any:
+        several = isinstance(given, list | tuple)
+        bounds = tuple(given) if several else (given, given)
+        whole = len(bounds) == 2 and all(type(bound) is int and 0 < bound <= WORKERS for bound in bounds)
+        if not whole or bounds[0] > bounds[1]:
+            shown = f", not {list(given)}" if several else ""
+            raise ValueError(f"must be a whole number from 1 to {WORKERS}, or two as [min, max]{shown}")
+        return bounds if several else given
+
+    @property
+    def elastic(self) -> bool:
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class Search(Section):

@@ -13,6 +13,7 @@ from rich.table import Table
 from raytx.plan import Plan, strategy_settings
 
 MAX_RANKS_SHOWN = 64
+MAX_REASONS_SHOWN = 8
 
 
 def show_plan(plan: Plan, console: Console, *, nodes: Sequence[str] | None = None) -> None:
@@ -25,6 +26,8 @@ def show_plan(plan: Plan, console: Console, *, nodes: Sequence[str] | None = Non
     console.print(f"\n[bold]batch[/]      {_batch(plan)}", highlight=False)
     console.print(f"[bold]steps[/]      {_steps(plan)}", highlight=False)
     console.print(f"[bold]placement[/]  {_placement(plan)}\n", highlight=False)
+    if plan.recipe.scaling.elastic:
+        _show_sizes(plan, console)
     console.print(_grid(plan, nodes))
     console.print()
     console.print(_memory(plan))
@@ -71,7 +74,38 @@ def _steps(plan: Plan) -> str:
 
 def _placement(plan: Plan) -> str:
     bundle = ", ".join(f"{name}: {amount:g}" for name, amount in plan.resources_per_worker.items())
-    return f"{plan.world_size} bundles of {{{bundle}}}, {plan.recipe.scaling.placement_strategy}"
+    count = f"{plan.sizes[0]} to {plan.sizes[-1]}" if plan.elastic else plan.world_size
+    return f"{count} bundles of {{{bundle}}}, {plan.recipe.scaling.placement_strategy}"
+
+
+def _show_sizes(plan: Plan, console: Console) -> None:
+    """Show what every number of workers comes to, and why some will not do."""
+    table = Table(box=None, header_style="bold")
+    for title in ("workers", "data-parallel ranks", "accumulation", "bytes per rank"):
+        table.add_column(title, justify="right")
+    for row in sizes(plan):
+        table.add_row(*(f"{value:,}" for value in row.values()))
+    console.print(table)
+    unusable = plan.unusable()
+    for count, reason in list(unusable.items())[:MAX_REASONS_SHOWN]:
+        console.print(f"never on {count}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if (rest := len(unusable) - MAX_REASONS_SHOWN) > 0:
+        console.print(f"never on {rest} more, for the like reasons", highlight=False)
+    console.print(f"\n[bold]on {plan.world_size} workers[/]", highlight=False)
+
+
+def sizes(plan: Plan) -> list[dict[str, int]]:
+    """Return what the numbers of workers that a plan can run on come to: the bytes are those of the fullest rank."""
+    return [
+        {
+            "workers": count,
+            "data_parallel_size": at.layout.data_parallel_size,
+            "gradient_accumulation_steps": at.gradient_accumulation_steps,
+            "bytes_per_rank": max(stage.total for stage in at.memory),
+        }
+        for count in plan.sizes
+        for at in [plan.on(count)]
+    ]
 
 
 def _grid(plan: Plan, nodes: Sequence[str] | None) -> Table:

@@ -123,7 +123,7 @@ class Search:
         self.recipe, self.search = recipe, recipe.search
         self.directory = Path(recipe.storage_path).expanduser().absolute() / recipe.name
         self.trials_dir = self.directory / "trials"
-        self.plan = resolve(trial_recipe(recipe, {}, "prepare", self.trials_dir))
+        self.plan = resolve(trial_recipe(recipe, {}, "prepare", self.trials_dir)).fixed()
         self.metric, self.mode = self.plan.metric, self.plan.metric_mode
 
     def check(self) -> None:
@@ -381,9 +381,9 @@ def run_trial(values: dict[str, Any], *, recipe: dict[str, Any], trials_dir: str
     os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))  # Tune moved it, and a recipe's paths are relative
     original = parse(recipe, where="search")
     context = ray_tune.get_context()
-    plan, _ = prepare(
-        resolve(trial_recipe(original, values, context.get_trial_id(), Path(trials_dir))), Console(quiet=True)
-    )
+    # fixed: trials that grew would take one another's place, and the numbers are the same on any number of workers
+    chosen = resolve(trial_recipe(original, values, context.get_trial_id(), Path(trials_dir))).fixed()
+    plan, _ = prepare(chosen, Console(quiet=True))
     assert plan.steps is not None
     outcome = plan.run_dir / OUTCOME
     outcome.parent.mkdir(parents=True, exist_ok=True)

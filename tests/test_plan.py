@@ -14,7 +14,7 @@ from raytx.errors import PluginError, RecipeError, ResourceError
 from raytx.layout import Layout
 from raytx.memory import estimate
 from raytx.plan import Plan, check_plugins, origins, resolve
-from raytx.recipe import parse
+from raytx.recipe import Recipe, parse
 from raytx.tasks import CausalLM, Task
 from raytx.testing import fake_plugin, installed, tiny_recipe
 
@@ -64,6 +64,21 @@ class Quarters(StrategyConfig):
         return Shares(parameters=4, gradients=4, optimizer=4, activations=2)
 
 
+class Halves(StrategyConfig):
+    """Shards everything over all ranks, of which there are not to be too many."""
+
+    type: Literal["halves"] = "halves"
+    most: int = 99
+    """Ranks it can spread a model over."""
+
+    def misfit(self, recipe: Recipe, layout: Layout, size: ModelSize) -> str | None:
+        return f"at most {self.most} ranks" if layout.world_size > self.most else None
+
+    def shares(self, layout: Layout) -> Shares:
+        ranks = layout.data_parallel_size
+        return Shares(parameters=ranks, gradients=ranks, optimizer=ranks)
+
+
 class Picky(CompressionConfig):
     """A compression that needs one tag and cannot stand another."""
 
@@ -92,7 +107,7 @@ PLAIN: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _plugin() -> Iterator[None]:
-    with installed(fake_plugin("planned", PlanModel, PlanRows, Quarters, Picky, version="7.0")):
+    with installed(fake_plugin("planned", PlanModel, PlanRows, Quarters, Halves, Picky, version="7.0")):
         yield
 
 
@@ -182,6 +197,78 @@ def test_a_rank_that_needs_more_memory_than_it_may_have_is_refused() -> None:
         plan(scaling__resources_per_worker={"CPU": 1, "memory": need - 1})
 
 
+# ---- elastic
+
+
+def elastic(least: int, most: int, **changes: Any) -> Plan:
+    return plan(scaling__num_workers=[least, most], **changes)
+
+
+def test_an_elastic_plan_is_for_the_largest_size_on_which_the_batch_divides() -> None:
+    made = elastic(2, 7)  # 16 samples, 2 at a time: 3, 5, 6 and 7 ranks do not divide 8
+    assert made.sizes == (2, 4)
+    assert made.world_size == 4
+    assert made.elastic
+
+
+def test_on_another_size_the_plan_is_what_it_would_be_for_that_number_of_workers_alone() -> None:
+    for strategy in ({"type": "ddp"}, {"type": "quarters"}, {"type": "halves"}):
+        made = elastic(2, 8, strategy=strategy)
+        for count in made.sizes:
+            alone = plan(scaling__num_workers=count, strategy=strategy)
+            there = Plan.from_dict(made.to_dict()).on(count)
+            for name in ("layout", "gradient_accumulation_steps", "stages", "memory", "size", "resources_per_worker"):
+                assert getattr(there, name) == getattr(alone, name), f"{name} on {count}"
+            assert there.sizes == made.sizes
+
+
+def test_the_global_batch_is_the_same_on_every_size() -> None:
+    made = elastic(1, 8)
+    assert made.sizes == (1, 2, 4, 8)
+    for there in map(made.on, made.sizes):
+        assert there.gradient_accumulation_steps * 2 * there.layout.data_parallel_size == 16
+
+
+def test_a_plan_cannot_be_moved_to_a_size_it_does_not_run_on() -> None:
+    with pytest.raises(RecipeError, match="3 data-parallel ranks = 6"):
+        elastic(2, 4).on(3)
+
+
+def test_sizes_that_will_not_do_have_their_reasons() -> None:
+    reasons = elastic(2, 6, strategy={"type": "quarters"}).unusable()
+    assert set(reasons) == {3, 5, 6}
+    assert "runs on 2 workers" in reasons[3]
+    assert "2 x 3 data-parallel ranks = 6" in reasons[6]
+
+
+def test_sizes_on_which_a_rank_would_need_too_much_memory_are_left_out() -> None:
+    need = plan(scaling__num_workers=4, strategy={"type": "halves"}).memory[0].total
+    made = elastic(1, 4, strategy={"type": "halves"}, scaling__resources_per_worker={"CPU": 1, "memory": need})
+    assert made.sizes == (4,)
+    assert "bytes" in made.unusable()[2]
+
+
+def test_sizes_that_the_strategy_cannot_spread_the_model_over_are_left_out() -> None:
+    made = elastic(1, 4, strategy={"type": "halves", "most": 2})
+    assert made.sizes == (1, 2)
+    assert made.unusable()[4] == "strategy.type=halves: at most 2 ranks"
+
+
+def test_a_range_without_a_usable_size_is_refused_with_the_nearest_one_and_what_would_do() -> None:
+    with pytest.raises(RecipeError) as caught:
+        elastic(5, 7)
+    told = str(caught.value)
+    assert "scaling.num_workers=[5, 7]" in told
+    assert "2 x 7 data-parallel ranks = 14" in told
+    assert "The nearest that would do: 4 or 8" in told
+
+
+def test_a_plan_held_to_its_size_is_not_elastic() -> None:
+    made = elastic(2, 4).fixed()
+    assert (made.sizes, made.world_size, made.elastic) == ((4,), 4, False)
+    assert plan().sizes == (4,)
+
+
 # ---- the schedule
 
 
@@ -225,7 +312,8 @@ def test_a_fraction_of_a_tiny_epoch_is_still_a_step() -> None:
 
 
 def test_a_plan_crosses_as_plain_data_to_an_equal_plan() -> None:
-    made = plan(compression=[{"type": "picky"}]).with_data(directory=Path("/cache"), num_samples=100)
+    made = elastic(2, 4, compression=[{"type": "picky"}]).with_data(directory=Path("/cache"), num_samples=100)
+    assert made.recipe.scaling.num_workers == (2, 4)
     assert Plan.from_dict(made.to_dict()) == made
 
 
@@ -246,6 +334,7 @@ def test_a_plugin_that_is_not_installed_is_named() -> None:
     "changes",
     [
         {"scaling__num_workers": 2},
+        {"scaling__num_workers": [1, 8]},
         {"strategy": {"type": "quarters"}},
         {"train__activation_checkpointing": True},
         {"evaluate__every": 5},

@@ -10,7 +10,7 @@ import pytest
 
 from raytx import cli
 from raytx.errors import RecipeError
-from raytx.recipe import Recipe, apply, parse
+from raytx.recipe import Recipe, apply, parse, parse_overrides
 
 PLAIN: dict[str, Any] = {"name": "small", "model": {"type": "decoder"}, "data": {"type": "text-files"}}
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-3]}}
@@ -157,3 +157,33 @@ def test_endless_epochs_end_the_command_line_with_one_message(
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert err == f"error {path}: 1 mistake\n  train.epochs: input should be a finite number, not inf\n"
+
+
+# ---- a number of workers, or a range of them
+
+
+@pytest.mark.parametrize("given", [1, 10_000, [1, 1], [2, 4], (2, 4)], ids=str)
+def test_workers_are_a_number_or_a_range(given: Any) -> None:
+    scaling = changed({"scaling.num_workers": given}).scaling
+    bounds = (given, given) if isinstance(given, int) else tuple(given)
+    assert (scaling.min_workers, scaling.max_workers) == bounds
+    assert scaling.elastic == (not isinstance(given, int))
+
+
+def test_a_range_of_workers_can_be_given_on_the_command_line_and_survives_a_dump() -> None:
+    recipe = changed(parse_overrides(["scaling.num_workers=[2, 4]"]))
+    assert recipe.scaling.num_workers == (2, 4)
+    assert parse(recipe.dump()) == recipe
+    assert "num_workers:\n  - 2\n  - 4" in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[4, 2], [0, 2], [1, 2, 3], [2], [], [1, 2.5], [True, 2], [1, 10_001], ["a", "b"], 0, -1, 2.5, "many", True, None],
+    ids=str,
+)
+def test_any_other_number_of_workers_is_refused_with_what_is_allowed(given: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        changed({"scaling.num_workers": given})
+    told = f"scaling.num_workers: must be a whole number from 1 to 10000, or two as [min, max], not {given!r}"
+    assert str(caught.value).splitlines() == ["recipe: 1 mistake", f"  {told}"]
