@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,23 +22,38 @@ USED = {
     "ray._private.worker": ("print_to_stdstream",),
     # any_agent_port: ray.init has no option for it
     "ray._private.parameter": ("RayParams",),
+    # elastic.py: the policy that decides how many workers there are, and the moment before it changes their number
+    "ray.train.v2._internal.execution.scaling_policy": (
+        "ElasticScalingPolicy._count_possible_workers",
+        "ElasticScalingPolicy._get_reserved_resources",
+        "ElasticScalingPolicy._get_resize_decision",
+        "NoopDecision",
+        "ResizeDecision",
+    ),
+    "ray.train.v2._internal.execution.callback": ("ControllerCallback",),
+    "ray.train.v2._internal.execution.controller.state": ("ResizingState",),
     # token mode is read once, when ray is imported; it must be read again after it was switched on
     "ray._raylet": ("Config", "AuthenticationTokenLoader"),
     # the public API sums free resources over nodes, but a bundle must fit on one
-    "ray._private.state": ("available_resources_per_node", "state"),
+    "ray._private.state": ("available_resources_per_node", "state", "GlobalState.get_draining_nodes"),
     # placement groups of stopped trials: only the raw table says who made a group
     "ray.core.generated.gcs_pb2": ("PlacementGroupTableData",),
     # submit.py: a job's name follows from what is uploaded, so that is uploaded before the job is
     "ray.dashboard.modules.dashboard_sdk": ("SubmissionClient",),
     # launch.py: the trainer below TorchTrainer, which would have every worker import torch
     # without_cleaner: the trainer's own cleaner of placement groups needs the dashboard and stays behind without it
-    "ray.train.v2.api.data_parallel_trainer": ("DataParallelTrainer", "PlacementGroupCleanerCallback"),
+    "ray.train.v2.api.data_parallel_trainer": (
+        "DataParallelTrainer._initialize_and_run_controller",
+        "PlacementGroupCleanerCallback",
+    ),
     # trials are named by a random word; a search that is begun again must find the runs it has
     "ray.tune.search.basic_variant": ("BasicVariantGenerator",),
     # the queue on which a trial's reports reach Tune
     "ray.tune.integration.ray_train": ("TuneReportCallback",),
 }
 """Private or developer names that raytx relies on, and why."""
+NODE_LABEL = "ray.io/node-id"
+"""The label by which Ray puts workers on a node, or off it; its value is the node's id."""
 
 
 def self_check() -> None:
@@ -51,8 +68,8 @@ def self_check() -> None:
 
 def _has(module: str, name: str) -> bool:
     try:
-        return hasattr(importlib.import_module(module), name)
-    except ImportError:
+        return bool(operator.attrgetter(name)(importlib.import_module(module)))
+    except (ImportError, AttributeError):
         return False
 
 
@@ -124,6 +141,17 @@ def available_resources_per_node() -> dict[str, dict[str, float]]:
     from ray._private.state import available_resources_per_node as found
 
     return {node: dict(resources) for node, resources in found().items()}
+
+
+def draining_nodes() -> dict[str, float]:
+    """Return {node id: unix seconds at which it goes away} of the nodes being drained; inf where no time was told.
+
+    Asks the GCS, in a few milliseconds, and can be called in any process of the cluster. The public way,
+    ray.train.get_preemption_info(), is a barrier of all workers.
+    """
+    from ray._private.state import state
+
+    return {node: at_ms / 1000 or math.inf for node, at_ms in state.get_draining_nodes().items()}
 
 
 def ownerless_placement_groups() -> list[Any]:
