@@ -153,10 +153,13 @@ class Save(Section):
     """Which checkpoint becomes the artifact."""
 
 
+Count = Annotated[int, Field(gt=0, le=WORKERS)]
+
+
 class Scaling(Section):
     """The Ray workers: how many, with what, and how often they may fail. The words are Ray's."""
 
-    num_workers: int | tuple[int, int] = 1
+    num_workers: Count | tuple[Count, Count] = 1
     """Ray Train workers, one process and rank each. [min, max] makes the run elastic: it starts with what there is,
     goes on with fewer when nodes are lost and with more when nodes come, and learns the same with any number."""
     use_gpu: bool = False

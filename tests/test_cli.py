@@ -168,6 +168,30 @@ def test_plan_prints_origins_batch_grid_memory_and_settings(raytx, recipe):
     assert plan["memory"][0]["parameters"] == 4 * plan["size"]["parameters"]
 
 
+def test_plan_of_an_elastic_run_shows_what_every_size_comes_to_and_which_will_not_do(raytx, recipe):
+    path = recipe(strategy={"type": "ddp"}, scaling={"num_workers": [1, 4]}, train={"steps": 2, "max_length": 16})
+    sizes = ("train.global_batch_size=8", "train.micro_batch_size=2")
+    code, text = raytx("plan", path, *sizes)
+    assert code == 0, text
+    rows = [line.split()[:3] for line in text.splitlines()]
+    for row in (["1", "1", "4"], ["2", "2", "2"], ["4", "4", "1"]):  # workers, data-parallel ranks, accumulation
+        assert row in rows
+    assert "never on 3: train.global_batch_size=8 is no multiple" in text
+    assert "1 to 4 bundles" in text
+    plan = json.loads(raytx("plan", path, *sizes, "--json")[1])
+    assert plan["recipe"]["scaling"]["num_workers"] == [1, 4]
+    assert [row["gradient_accumulation_steps"] for row in plan["elastic"]] == [4, 2, 1]
+    assert plan["elastic"][-1]["bytes_per_rank"] == sum(plan["memory"][0].values())
+    assert list(plan["unusable"]) == ["3"]
+    assert raytx("plan", path, *sizes, "scaling.num_workers=[2, 4]")[1].count("never on") == 1
+
+
+def test_a_range_of_workers_on_none_of_which_it_runs_is_refused_with_the_nearest(raytx, recipe):
+    path = recipe(strategy={"type": "ddp"})
+    refused(raytx("plan", path, "scaling.num_workers=[3, 4]"), "On 3:", "would do: 2")
+    refused(raytx("plan", path, "scaling.num_workers=[4, 3]"), "[min, max], not [4, 3]")
+
+
 def test_init_writes_an_example_that_loads_and_never_overwrites(raytx, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, text = raytx("init")

@@ -197,6 +197,21 @@ def test_groups_of_two_workers_fit_as_the_placement_strategy_says(
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("strategy", "cpus", "expected"),
+    [
+        ("PACK", [2, 1], 3),
+        ("PACK", [1], None),
+        ("PACK", [9, 9], 4),
+        ("STRICT_PACK", [3, 2], 3),
+        ("STRICT_SPREAD", [9, 9], 2),
+    ],
+)
+def test_the_largest_of_several_sizes_that_fits_is_found(strategy: str, cpus: list[int], expected: int | None) -> None:
+    nodes = [{"CPU": float(count)} for count in cpus]
+    assert cluster.most((2, 3, 4), ONE_CPU, nodes=nodes, placement_strategy=strategy) == expected
+
+
 def test_a_driver_takes_its_sliver_of_a_cpu_from_the_workers() -> None:
     sliver = {"CPU": 0.01}
     assert cluster.groups(ONE_CPU, num_workers=2, driver=sliver, nodes=[{"CPU": 2.0}]) == 0

@@ -162,6 +162,12 @@ def test_concurrency_is_what_the_cluster_holds_and_never_more_than_asked(
     assert one_at_once._concurrent(driver, Console(quiet=True)) == 1
 
 
+def test_trials_of_an_elastic_recipe_run_on_its_largest_size_and_the_winner_stays_elastic(recipe: Recipe) -> None:
+    search = tune.Search(recipe.override({"scaling.num_workers": [1, 2]}))
+    assert (search.plan.world_size, search.plan.elastic) == (2, False)
+    assert search.recipe.scaling.elastic
+
+
 def test_a_cluster_whose_cpus_are_all_needed_by_workers_cannot_hold_drivers(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

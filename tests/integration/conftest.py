@@ -84,12 +84,16 @@ def prepared(recipe: Recipe) -> Plan:
 
 
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[Recipe]], list[list[dict[str, Any]]]]:
-    """Train recipes of one world size, one after the other, in one group of rank processes; return what each logged."""
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[list[dict[str, Any]]]]:
+    """Train recipes of one world size, one after the other, in one group of rank processes; return what each logged.
 
-    def run(recipes: Sequence[Recipe]) -> list[list[dict[str, Any]]]:
+    `on` is the number of ranks where the recipes have a range of them.
+    """
+
+    def run(recipes: Sequence[Recipe], *, on: int | None = None) -> list[list[dict[str, Any]]]:
         directory = tmp_path_factory.mktemp("ranks")
         plans = [prepared(recipe) for recipe in recipes]
+        plans = [plan.on(on) for plan in plans] if on else plans
         (world_size,) = {plan.world_size for plan in plans}
         paths = []
         for place, plan in enumerate(plans):
