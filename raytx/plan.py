@@ -137,7 +137,7 @@ class Plan:
                 "size": ModelSize(**{**data["size"], "pieces": tuple(data["size"]["pieces"])}),
                 "memory": tuple(Memory(**stage) for stage in data["memory"]),
                 "stages": tuple((first, last) for first, last in data["stages"]),
-                "sizes": tuple(data["sizes"]),
+                "sizes": tuple(data.get("sizes", ())),  # a checkpoint may be older
             }
         )
 

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 from ray.train import ScalingConfig
-from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState, ShuttingDownState
+from ray.train.v2._internal.execution.controller.state import (
+    ResizingState,
+    RunningState,
+    SchedulingState,
+    ShuttingDownState,
+)
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -211,9 +216,10 @@ def test_healthy_workers_are_saved_before_they_are_killed_for_a_resize() -> None
     assert asked == [4]
 
 
-def test_workers_that_end_or_go_on_are_not_asked_to_save() -> None:
+def test_workers_that_end_go_on_or_have_failed_are_not_asked_to_save() -> None:
     before = elastic.BeforeResize(lambda _: pytest.fail("asked"))
     before.after_controller_state_update(RunningState(), RunningState())
+    before.after_controller_state_update(RunningState(), SchedulingState(ResizeDecision(2, {"CPU": 1.0})))
     before.after_controller_state_update(RunningState(), ShuttingDownState(next_state=RunningState()))
 
 

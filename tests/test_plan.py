@@ -317,6 +317,12 @@ def test_a_plan_crosses_as_plain_data_to_an_equal_plan() -> None:
     assert Plan.from_dict(made.to_dict()) == made
 
 
+def test_a_plan_of_an_older_checkpoint_knows_no_other_sizes() -> None:
+    data = plan().to_dict()
+    del data["sizes"]
+    assert not Plan.from_dict(data).elastic
+
+
 def test_a_worker_with_another_plugin_version_refuses_the_plan() -> None:
     data = plan().to_dict()
     assert data["plugins"]["planned"] == "7.0"

@@ -177,6 +177,20 @@ def test_the_head_says_how_far_the_run_came_and_the_figures_that_matter(whole: P
     }
 
 
+@pytest.mark.parametrize("nodes", [["a"], ["a", "b"], ["a", "a", "b", "b"]], ids=len)
+def test_the_ranks_are_those_of_the_last_attempt_on_however_many_workers(whole: Path, nodes: list[str]) -> None:
+    log(whole, {"kind": "placed", "step": 30, "nodes": nodes})
+    found = [row[:2] for row in cells(section(page(whole), "Ranks"))]
+    assert found[1:] == [[node, str(rank)] for rank, node in enumerate(nodes)]
+
+
+def test_ranks_that_make_no_whole_copies_of_the_model_are_not_shown(whole: Path) -> None:
+    plan = PLAN | {"layout": {"data_parallel_size": 1, "pipeline_parallel_size": 2}}
+    (whole / "plan.json").write_text(json.dumps(plan))
+    log(whole, {"kind": "placed", "step": 30, "nodes": ["a", "a", "b"]})
+    assert section(page(whole), "Ranks") == ""
+
+
 def test_the_environment_is_listed_with_dotted_names(whole: Path) -> None:
     assert ["packages.torch", "2.13"] in cells(section(page(whole), "Environment"))
 
