@@ -66,7 +66,12 @@ class Keeper:
 
     def _place(self) -> dict[str, Any]:
         port = rendezvous.free_port(self._address) if self._rank == 0 and not self._config["local"] else 0
-        return {"address": self._address, "port": port, "keeper": ray.get_runtime_context().current_actor}
+        return {
+            "address": self._address,
+            "node_id": self._node_id,
+            "port": port,
+            "keeper": ray.get_runtime_context().current_actor,
+        }
 
     def _attempt(self, number: int, meeting_point: str) -> End:
         """Have a rank process, and watch it to its end."""

@@ -19,6 +19,7 @@ from ray.train.backend import Backend, BackendConfig
 from rich.console import Console
 
 from raytx import cluster, ray_internals
+from raytx.elastic import RESIZE_INTERVAL_S, START_TIMEOUT_S, BeforeResize, make_elastic
 from raytx.errors import RaytxError, StoppedError, TrainingError
 from raytx.journal import Display
 from raytx.keeper import keep
@@ -29,6 +30,8 @@ from raytx.worker import Record
 RELAY_S = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLLECTIVE_TIMEOUT_S = 600
+FIXED_START_TIMEOUT_S = 180
+"""Seconds for a group of fixed size to get its places anew, after a failure; before the first one it is waited for."""
 
 
 def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Console) -> None:
@@ -37,7 +40,7 @@ def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Conso
     Raises StoppedError when the run was told to end before, TrainingError or RaytxError when it cannot go on.
     """
     assert plan.steps is not None
-    _quieten()
+    _configure(plan)
     supervisor = Supervisor.remote(_settings(plan))  # type: ignore[attr-defined]
     if cluster.started_here():  # libraries load while Ray Train starts
         supervisor.warm.remote(ray.get_runtime_context().get_node_id())
@@ -73,7 +76,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> Any:
     scaling = plan.recipe.scaling
-    return ray_internals.trainer(
+    within_s = scaling.grace_s
+    trainer = ray_internals.trainer(
         keep,
         train_loop_config={
             "supervisor": supervisor,
@@ -86,19 +90,27 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
         },
         backend_config=SharedGPUs(),
         scaling_config=ScalingConfig(
-            num_workers=plan.world_size,
+            num_workers=(plan.sizes[0], plan.sizes[-1]) if plan.elastic else plan.world_size,
             use_gpu=scaling.use_gpu,
             resources_per_worker=plan.resources_per_worker,
             placement_strategy=scaling.placement_strategy,
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(
             # Checkpoints are raytx's own; what Ray keeps of a run is of this attempt alone, so it gets a new name.
             name=f"{int(time.time())}-{os.getpid()}",
             storage_path=str(plan.run_dir / ".ray"),
             failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=10),
-            callbacks=[TellFailures(supervisor), *callbacks],
+            callbacks=[
+                TellFailures(supervisor),
+                BeforeResize(lambda workers: ray.get(supervisor.save.remote(within_s))),
+                *callbacks,
+            ],
         ),
     )
+    if plan.elastic:
+        make_elastic(trainer, plan.sizes, tell=supervisor.remark.remote)
+    return trainer
 
 
 class _Sharing(Backend):  # type: ignore[misc]
@@ -256,9 +268,11 @@ def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             return future.result(timeout=0.5)  # an untimed wait would keep signals waiting on some systems
 
 
-def _quieten() -> None:
+def _configure(plan: Plan) -> None:
     """Poll workers often enough that a run ends when it is done; keep Ray's own words out of the user's."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+    # an elastic group asks only for places that were free a moment ago
+    start_s = START_TIMEOUT_S if plan.elastic else FIXED_START_TIMEOUT_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     if not os.environ.get("RAYTX_VERBOSE"):
         logging.getLogger("ray.train").setLevel(logging.ERROR)

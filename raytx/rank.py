@@ -101,6 +101,8 @@ def _outcome(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
 
 def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
     plan = Plan.from_dict(job.plan)
+    if plan.world_size != job.world_size:  # workers came or went
+        plan = plan.on(job.world_size)
     rendezvous.meet(
         job.meeting_point, backend=job.backend, rank=job.rank, world_size=job.world_size, timeout_s=job.timeout_s
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytx import rendezvous
+from raytx import ray_internals, rendezvous
 from raytx.files import write_text
 from raytx.nursery import Nursery
 from raytx.pulse import Pulse
@@ -26,7 +27,8 @@ QUEUE_LIMIT = 10_000
 JUDGE_EVERY_S = 1.0
 STACKS_S = 5.0
 """How long a stalled group is given to write its stacks."""
-DRAINS_EVERY_S = 2.0
+LAST_CALL_S = 10.0
+"""How long before a node goes the ranks save a second time, to lose no more than the steps of these seconds."""
 STACK_LINES = 6
 """Innermost lines of a rank's main thread that are shown; the file has all."""
 
@@ -43,6 +45,8 @@ class Supervisor:
         self._group = ""
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._order = Order()
+        self._saves = 0
+        self._last_calls: dict[str, float] = {}
         self._stacks: dict[int, str] | None = None
         self._verdict: Verdict | None = None
         self._changed = asyncio.Condition()
@@ -54,6 +58,20 @@ class Supervisor:
         """Return the records that came since the last call."""
         records, self._records = self._records, []
         return records
+
+    async def remark(self, text: str) -> None:
+        """Tell the user something."""
+        self._remark(text)
+
+    async def save(self, within_s: float) -> bool:
+        """Have the ranks save now; return whether they did within the time. They train on meanwhile and after."""
+        attempt, before = self._state.attempt, self._saves
+        await self.order("save")
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._changed.wait_for(lambda: self._saves > before or attempt is None or attempt.over)
+        return self._saves > before
 
     async def order(self, kind: str) -> None:
         """Have the ranks save, or save and end."""
@@ -129,6 +147,10 @@ class Supervisor:
     ) -> dict[str, Any]:
         """Take a rank's pulse and records; return what its keeper is to do."""
         self._records = (self._records + records)[-QUEUE_LIMIT:]
+        if any(record["kind"] == "checkpoint" for record in records):
+            self._saves += 1
+            async with self._changed:
+                self._changed.notify_all()
         attempt = self._current(group, number)
         if attempt is None:
             return {"over": True}
@@ -160,8 +182,24 @@ class Supervisor:
     async def _watched(self) -> None:
         while True:
             await asyncio.sleep(JUDGE_EVERY_S)
+            await self._look_for_drains()
             if (stall := self._state.judge()) is not None:
                 await self._end_stalled(stall)
+
+    async def _look_for_drains(self) -> None:
+        """Have the ranks save when a node of theirs is about to go, at once and shortly before it does."""
+        if self._state.attempt is None or self._state.attempt.over:
+            return
+        held = {place["node_id"] for place in self._state.attempt.places.values()}
+        draining = await asyncio.to_thread(ray_internals.draining_nodes)
+        for node, at in draining.items():
+            if node in held and node not in self._last_calls:
+                self._last_calls[node] = at - LAST_CALL_S
+                self._remark(f"node {node[:6]} is going away{_in(at)}: saving a checkpoint")
+                await self.order("save")
+            elif node in held and time.time() >= self._last_calls[node]:
+                self._last_calls[node] = math.inf
+                await self.order("save")
 
     async def _end_stalled(self, stall: str) -> None:
         """Collect every rank's stacks, tell them, and let keepers end what is left."""
@@ -188,6 +226,10 @@ class Supervisor:
 
     def _remark(self, text: str) -> None:
         self._records.append({"kind": "remark", "text": text})
+
+
+def _in(at: float) -> str:
+    return f" in {at - time.time():.0f} s" if math.isfinite(at) else ""
 
 
 def innermost(stacks: str) -> str:

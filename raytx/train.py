@@ -65,7 +65,7 @@ def fit(
         plan, prepared = prepare(plan, console)
         run.record(plan)
         _announce(plan, prepared, console)
-        if _finished(plan):
+        if _finished(plan, prepared):
             console.print(f"finished already, at step {plan.steps}; to train anew give it another name (name=...)")
         else:
             _connect(plan, address, verbose, console)
@@ -84,7 +84,7 @@ def _connect(plan: Plan, address: str | None, verbose: bool, console: Console) -
         cluster.connect(address, verbose=verbose)
     cluster.wait_for(
         plan.resources_per_worker,
-        num_workers=plan.world_size,
+        num_workers=plan.sizes[0],
         wait_s=plan.recipe.scaling.wait_s,
         console=console,
         placement_strategy=plan.recipe.scaling.placement_strategy,
@@ -121,14 +121,14 @@ def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
 
 def _announce(plan: Plan, prepared: Prepared, console: Console) -> None:
     """Say in one breath what is about to happen."""
-    recipe, layout = plan.recipe, plan.layout
+    recipe = plan.recipe
     name, values = prepared.baseline["name"], {k: v for k, v in prepared.baseline.items() if k != "name"}
     console.print(f"[bold]{recipe.name}[/]  {plan.run_dir}", highlight=False)
     console.print(
         f"model {recipe.model.type}, {plan.size.parameters:,} parameters{_trained(plan)}; "
         f"{prepared.num_samples['train']:,} training and {prepared.num_samples['test']:,} held-out samples; "
         f"{plan.steps:,} steps of {recipe.train.global_batch_size} samples; strategy {recipe.strategy.type} on "
-        f"{layout.world_size} worker{'s' if layout.world_size > 1 else ''}",
+        f"{_workers(plan)}",
         highlight=False,
     )
     for remark in prepared.remarks:
@@ -137,10 +137,17 @@ def _announce(plan: Plan, prepared: Prepared, console: Console) -> None:
     console.print(f"to beat ({name}): {numbers}", highlight=False)
 
 
+def _workers(plan: Plan) -> str:
+    number = f"{plan.sizes[0]} to {plan.sizes[-1]}" if plan.elastic else str(plan.world_size)
+    return f"{number} worker{'s' if plan.sizes[-1] > 1 else ''}"
+
+
 def _trained(plan: Plan) -> str:
     return "" if plan.size.trainable == plan.size.parameters else f", {plan.size.trainable:,} of them trained"
 
 
-def _finished(plan: Plan) -> bool:
+def _finished(plan: Plan, prepared: Prepared) -> bool:
+    """Tell whether the last step is done and measured: an order to stop may have come in between."""
     newest = checkpoint.newest(plan.run_dir)
-    return newest is not None and newest.step == plan.steps
+    measured = newest is not None and (newest.state.metrics or not prepared.num_samples["test"])
+    return newest is not None and newest.step == plan.steps and bool(measured)
