@@ -103,7 +103,7 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
             failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=10),
             callbacks=[
                 TellFailures(supervisor),
-                BeforeResize(lambda workers: ray.get(supervisor.save.remote(within_s))),
+                BeforeResize(lambda workers: ray.get(supervisor.replaced.remote(within_s))),
                 *callbacks,
             ],
         ),

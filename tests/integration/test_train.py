@@ -17,7 +17,7 @@ import ray
 from rich.console import Console
 
 from raytx import checkpoint, cluster
-from raytx.errors import RecipeError, ResourceError, TrainingError
+from raytx.errors import RaytxError, RecipeError, ResourceError, TrainingError
 from raytx.files import read_json
 from raytx.journal import rows
 from raytx.plan import resolve
@@ -41,15 +41,8 @@ def slow(recipe):
     """A run of two workers that takes some seconds, with a checkpoint every ten steps."""
 
     def make(name, **values):
-        return recipe(
-            name,
-            strategy={"type": "ddp"},
-            scaling__num_workers=2,
-            train__steps=STEPS,
-            train__global_batch_size=32,
-            save__every=10,
-            **values,
-        )
+        given = {"strategy": {"type": "ddp"}, "scaling__num_workers": 2, "train__steps": STEPS}
+        return recipe(name, **(given | {"train__global_batch_size": 32, "save__every": 10} | values))
 
     return make
 
@@ -115,26 +108,82 @@ def test_a_finished_run_is_not_trained_again(unbroken, slow):
     assert (unbroken.run_dir / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_survives_the_death_of_a_worker(unbroken, slow, capsys):
+def rank_processes(run_dir):
+    """Return the process ids of the ranks of the last attempt, in rank order."""
+    return [row["pids"] for row in rows(run_dir / "metrics.jsonl") if row["kind"] == "placed"][-1]
+
+
+@pytest.fixture
+def while_training():
+    """Do something to a run, in a thread, once it has done 25 steps."""
+    threads = []
+
+    def start(run_dir, act):
+        def wait():
+            wait_until(lambda: len(steps_in(run_dir)) >= 25)
+            act()
+
+        threads.append(threading.Thread(target=wait))
+        threads[-1].start()
+
+    yield start
+    for thread in threads:
+        thread.join()
+
+
+def assert_nothing_lost(result, unbroken):
+    journal = rows(result.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in journal if row["kind"] == "resumed"]
+    assert steps_in(result.run_dir) == list(range(1, STEPS + 1))
+    assert_same_weights(weights(result), weights(unbroken))
+
+
+def test_a_run_survives_the_death_of_a_rank_within_the_same_workers(unbroken, slow, while_training, capsys):
     plan = resolve(slow("bereft"))
-    killed = []
+    workers = []
 
     def kill():
-        wait_until(lambda: len(steps_in(plan.run_dir)) >= 25)
-        victim = workers_below(os.getpid())[-1]
-        victim.send_signal(signal.SIGKILL)
-        killed.append(victim.pid)
+        workers.append({process.pid for process in workers_below(os.getpid())})
+        os.kill(rank_processes(plan.run_dir)[1], signal.SIGKILL)
+        wait_until(lambda: any(row["kind"] == "resumed" for row in rows(plan.run_dir / "metrics.jsonl")))
+        workers.append({process.pid for process in workers_below(os.getpid())})
 
-    thread = threading.Thread(target=kill)
-    thread.start()
+    while_training(plan.run_dir, kill)
     result = fit(plan, console=Console(width=200))
-    thread.join()
-    assert killed
-    journal = rows(plan.run_dir / "metrics.jsonl")
-    assert [row["step"] for row in journal if row["kind"] == "resumed"]
-    assert steps_in(plan.run_dir) == list(range(1, STEPS + 1))
-    assert "restarting all workers from the last checkpoint" in capsys.readouterr().out
-    assert_same_weights(weights(result), weights(unbroken))
+    said = capsys.readouterr().out
+    assert "rank 1 was ended by SIGKILL" in said
+    assert "starting anew from the last checkpoint (restart 1 of at most 3)" in said
+    assert workers[0] == workers[1]
+    assert_nothing_lost(result, unbroken)
+
+
+def test_a_run_survives_the_death_of_a_worker(unbroken, slow, while_training, capsys):
+    plan = resolve(slow("replaced"))
+    while_training(plan.run_dir, lambda: workers_below(os.getpid())[-1].kill())
+    result = fit(plan, console=Console(width=200))
+    assert "(its process died); replacing the workers (restart 1 of at most 3)" in capsys.readouterr().out
+    assert_nothing_lost(result, unbroken)
+
+
+def test_a_rank_that_is_stopped_is_named_and_replaced(unbroken, slow, while_training, capsys):
+    plan = resolve(slow("stalled", scaling__stall_s=3))
+    while_training(plan.run_dir, lambda: os.kill(rank_processes(plan.run_dir)[0], signal.SIGSTOP))
+    result = fit(plan, console=Console(width=200))
+    said = capsys.readouterr().out
+    assert "rank 0 is missing: nobody has made progress for" in said
+    assert "its process is stopped" in said
+    assert "rank 1: File" in said
+    assert list((plan.run_dir / "stalls").glob("*.txt"))
+    assert_nothing_lost(result, unbroken)
+
+
+def test_without_a_restart_left_the_first_cause_is_told(local_ray, slow, while_training):
+    plan = resolve(slow("unlucky", scaling__max_failures=0))
+    while_training(plan.run_dir, lambda: os.kill(rank_processes(plan.run_dir)[1], signal.SIGKILL))
+    with pytest.raises(RaytxError, match=r"no restart is left \(scaling.max_failures=0\)") as failed:
+        fit(plan, console=Console(quiet=True))
+    assert "rank 1 was ended by SIGKILL" in str(failed.value)
+    assert "goes on from the last checkpoint" in str(failed.value)
 
 
 def test_a_run_continues_after_the_death_of_its_driver(unbroken, slow, tmp_path):
@@ -151,7 +200,10 @@ def test_a_run_continues_after_the_death_of_its_driver(unbroken, slow, tmp_path)
     driver.kill()
     driver.wait()
     _, alive = psutil.wait_procs([p for p in family if isinstance(p, psutil.Process)], timeout=30)
-    assert not [p for p in alive if "RayTrainWorker" in " ".join(p.cmdline())], "workers outlived their driver"
+    training = ("RayTrainWorker", "raytx.forkserver")
+    assert not [p for p in alive if any(word in " ".join(p.cmdline()) for word in training)], (
+        "they outlived their driver"
+    )
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resumed from checkpoint" in again.stdout
@@ -159,27 +211,33 @@ def test_a_run_continues_after_the_death_of_its_driver(unbroken, slow, tmp_path)
     assert_same_weights(weights(run_dir), weights(unbroken))
 
 
-def test_an_interrupted_run_says_so_and_ends_with_130(unbroken, slow, tmp_path):
-    recipe = slow("interrupted")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_told_to_end_saves_first_and_goes_on_later(unbroken, slow, tmp_path, number, code):
+    recipe = slow(f"told-{code}", save__every=None, evaluate__every=10)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "disabled"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "COLUMNS": "200"}
     run_dir = resolve(recipe).run_dir
+    command = [sys.executable, "-m", "raytx", "train", str(path)]
     driver = subprocess.Popen(
-        [sys.executable, "-m", "raytx", "train", str(path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     wait_until(lambda: len(steps_in(run_dir)) >= 15)
-    driver.send_signal(signal.SIGINT)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    os.killpg(driver.pid, number)  # as a terminal does, or a supervisor: to every process of the group
     output, _ = driver.communicate(timeout=90)
-    assert driver.returncode == 130, output
-    assert "interrupted; the same command goes on from the last checkpoint" in output
+    assert driver.returncode == code, output
+    step = checkpoint.newest(run_dir).step
+    assert 15 <= step < STEPS
+    assert f"at step {step}, with a checkpoint of it; the same command goes on from there" in output
     assert "Traceback" not in output
-    assert checkpoint.newest(run_dir).step < STEPS
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, [process.cmdline() for process in alive]
+    if number == signal.SIGTERM:
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert_same_weights(weights(run_dir), weights(unbroken))
 
 
 def test_a_run_that_learns_something_else_is_refused_and_the_keys_are_named(unbroken, slow):
@@ -220,7 +278,7 @@ def test_a_diverging_run_stops_once_and_names_the_samples(local_ray, slow, capsy
     plan = resolve(slow("diverging").override(values))
     with pytest.raises(TrainingError, match=r"diverged.*Samples of the batch: \[\d+"):
         fit(plan, console=Console(width=200))
-    assert "restarting" not in capsys.readouterr().out
+    assert "restart" not in capsys.readouterr().out
 
 
 def test_metrics_are_plain_json_rows(unbroken):
