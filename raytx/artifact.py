@@ -34,8 +34,12 @@ class Golden:
     """float32 logits of that batch."""
 
     def save(self, path: Path) -> None:
-        arrays = {f"features.{key}": np.ascontiguousarray(value) for key, value in self.features.items()}
-        save_file(arrays | {"logits": np.ascontiguousarray(self.logits)}, path)
+        save_file(self.arrays(), path)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what a file of golden outputs holds."""
+        features = {f"features.{key}": np.ascontiguousarray(value) for key, value in self.features.items()}
+        return features | {"logits": np.ascontiguousarray(self.logits)}
 
     @classmethod
     def load(cls, path: Path) -> Golden:

@@ -6,37 +6,63 @@
         golden.safetensors                   a few held-out samples and the logits the trained engine gave them
         processor/  demo.json                tokenizer and labels; requests made of held-out samples
         plan.json  state.json                what was trained, and how far
-        manifest.json                        every file's size and SHA-256, written last
+        manifest.json                        every file's size and SHA-256, every tensor's shape, its own SHA-256; last
 
 A directory is written under another name and renamed when its manifest is on disk, so a run that is killed at any
-moment leaves complete checkpoints and rubbish that is known to be rubbish. Nothing in it is pickled.
+moment leaves complete checkpoints and rubbish that is known to be rubbish. Nothing in it is pickled. Who writes which
+part of it, and when, is saving.py's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from raytx.artifact import GOLDEN, Golden
-from raytx.components import Engine, Part
-from raytx.errors import CheckpointError, TrainingError
-from raytx.files import disagreements, inventory, open_to_readers, read_json, sync_directory, walk, write_json
+from raytx.components import Part, TensorHeader
+from raytx.errors import CheckpointError
+from raytx.files import (
+    SPELLED,
+    disagreements,
+    inventory,
+    read_json,
+    read_sealed,
+    sync,
+    sync_directory,
+    walk,
+    write_json,
+    write_safetensors,
+    write_sealed,
+)  # fmt: skip
+from raytx.optimizer import state_tensors
 from raytx.plan import Plan
+from raytx.sections import Optim
 from raytx.tasks.base import Request
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-SHARD_BYTES = 1 << 30
-"""A rank starts a new file when the tensors it holds reach this size, which bounds its extra memory."""
+FORMAT = 3
+
+Files = dict[str, dict[str, Any]]
+"""Of each file by name its bytes, its sha256 and, where it holds a rank's tensors, their types and shapes by key."""
+Demo = list[tuple[Request, str]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds besides tensors."""
+
+    plan: Plan
+    state: State
+    golden: Golden
+    demo: Demo
 
 
 @dataclass(frozen=True)
@@ -91,12 +117,12 @@ class Checkpoint:
 
     def read(self, name: str, part: Part) -> np.ndarray:
         """Return one whole tensor; raise CheckpointError when the checkpoint has none of that name."""
-        key = _key(name, part)
+        place = key(name, part)
         if not self._places:
             self._open()
-        if key not in self._places:
+        if place not in self._places:
             raise CheckpointError(f"{self.directory}: holds no {part} of {name!r}; was it saved from another model?")
-        array: np.ndarray = self._places[key].get_tensor(key)
+        array: np.ndarray = self._places[place].get_tensor(place)
         return array
 
     def weights(self) -> Mapping[str, np.ndarray]:
@@ -127,116 +153,101 @@ class _Weights(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-Demo = list[tuple[Request, str]]
+# ---------------------------------------------------------------------------------------------------- writing one
 
 
-def commit(engine: Engine, run_dir: Path, *, rank: int, plan: Plan, state: State, golden: Golden, demo: Demo) -> Path:
-    """Write a checkpoint, all ranks together; it exists when this returns. Collective.
-
-    Raises TrainingError on every rank when any of them cannot write (disk full, read-only storage); what is half
-    written is removed and earlier checkpoints stay.
+def promised(module: Any, optim: Optim) -> dict[str, TensorHeader]:
+    """Return the tensors that a checkpoint of a structure must hold, by key: trained parameters, saved buffers and the
+    optimizer's state. Asked before a strategy cuts the structure, so that no strategy can forget one unnoticed.
     """
-    target = run_dir / "checkpoints" / _name(state.step)
-    staging = target.with_name(f".{target.name}.staging")
-    _agree(engine, target, _attempt(lambda: _stage(staging)) if rank == 0 else None)
-    _agree(engine, target, _write_tensors(engine, staging, rank))
-    _agree(engine, target, _attempt(lambda: _seal(staging, target, plan, state, golden, demo)) if rank == 0 else None)
-    return target
+    trained = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    kept, buffers = module.state_dict().keys(), dict(module.named_buffers())
+    found = {key(name, "weight"): TensorHeader("F32", shape) for name, shape in trained.items()}
+    for name, buffer in buffers.items():
+        if name in kept and buffer.numel():
+            spelled = SPELLED.get(str(buffer.dtype).removeprefix("torch."), "")
+            found[key(name, "weight")] = TensorHeader(spelled, tuple(buffer.shape))
+    for name, shape in trained.items():
+        for part, tensor in state_tensors(optim, shape).items():
+            found[key(name, part)] = TensorHeader(SPELLED[tensor.dtype], tensor.shape)
+    return found
 
 
-def _agree(engine: Engine, target: Path, error: str | None) -> None:
-    """Let every rank know whether any of them failed, so that none waits for another that has given up."""
-    failures = [f"rank {rank}: {text}" for rank, text in enumerate(engine.gather(error)) if text]
-    if failures:
-        shutil.rmtree(target.with_name(f".{target.name}.staging"), ignore_errors=True)
-        raise TrainingError(
-            f"could not save {target}: {'; '.join(failures)}. Free or repair the storage and run the same command "
-            "again: it goes on from the last complete checkpoint"
-        )
+def broken_promises(files: Sequence[Files], promised: Mapping[str, TensorHeader]) -> list[str]:
+    """Return one line for each tensor that ranks wrote empty, of another shape, twice or not at all."""
+    written = [item for of_rank in files for file in of_rank.values() for item in file["tensors"].items()]
+    times = Counter(name for name, _ in written)
+    found = [f"{name} is missing" for name in promised if name not in times]
+    found += [f"{name} was written {count} times" for name, count in times.items() if count > 1]
+    for name, text in dict(written).items():
+        if "0" in text.strip("]").partition("[")[2].split(","):
+            found.append(f"{name} is empty: {text}")
+        elif name in promised and text != spelled(promised[name]):
+            found.append(f"{name} is {text}, the model has {spelled(promised[name])}")
+    return found
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
-    """Do it and return None, or return what went wrong in words."""
-    try:
-        action()
-    except OSError as error:
-        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-    except Exception as error:  # safetensors raises its own type for a full disk
-        return f"{type(error).__name__}: {error}"
-    return None
+def spelled(header: TensorHeader) -> str:
+    """Return a tensor's type and shape as the manifest has them, such as F32[320,32]."""
+    return f"{header.dtype}[{','.join(map(str, header.shape))}]"
 
 
-def _stage(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+def seal(staging: Path, target: Path, *, files: Files, content: Content) -> None:
+    """Turn a staging directory, in which every rank has written its files, into a checkpoint.
 
-
-def _write_tensors(engine: Engine, staging: Path, rank: int) -> str | None:
-    """Write the tensors that this rank was handed, in files of bounded size; return why it could not, or None.
-
-    The engine's iteration is collective, so it goes on to its end after an error in writing.
+    May be called again after it failed. Raises OSError; CheckpointError when files are not there any more.
     """
-    writers = {"weights": _Shards(staging, "weights", rank), "optimizer": _Shards(staging, "optimizer", rank)}
-    error: str | None = None
-    for name, part, array in engine.tensors():
-        if array is not None and error is None:
-            writer = writers["weights" if part == "weight" else "optimizer"]
-            error = _attempt(lambda: writer.add(_key(name, part), array))  # noqa: B023  called at once
-    for writer in writers.values():
-        error = error or _attempt(writer.flush)
-    return error
-
-
-class _Shards:
-    def __init__(self, directory: Path, stem: str, rank: int) -> None:
-        self._directory, self._stem, self._rank = directory, stem, rank
-        self._held: dict[str, np.ndarray] = {}
-        self._bytes = self._count = 0
-
-    def add(self, key: str, array: np.ndarray) -> None:
-        if not array.size:
-            raise ValueError(f"{key} is empty")
-        self._held[key] = np.array(array, order="C", copy=True)  # the engine may go on to change its own
-        self._bytes += array.nbytes
-        if self._bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._held:
-            return
-        path = self._directory / f"{self._stem}-{self._rank:05d}-{self._count:05d}.safetensors"
-        save_file(self._held, path, metadata={"format": "pt"})
-        _sync(path)
-        self._held, self._bytes, self._count = {}, 0, self._count + 1
-
-
-def _seal(staging: Path, target: Path, plan: Plan, state: State, golden: Golden, demo: Demo) -> None:
-    assert plan.prepared is not None
-    golden.save(staging / GOLDEN)
-    shutil.copytree(Path(plan.prepared) / "processor", staging / "processor")
-    write_json(staging / "demo.json", demo)
-    write_json(staging / "plan.json", plan.to_dict())
-    write_json(staging / "state.json", asdict(state))
-    open_to_readers(staging)
-    for path in walk(staging):
-        _sync(path)
-    write_json(staging / MANIFEST, {"format": FORMAT, "step": state.step, "files": inventory(staging)})
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
+    if not target.is_dir() or damage(target):
+        _complete(staging, files, content)
+        _set_aside(target)
+        staging.rename(target)
     sync_directory(target.parent)
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _complete(staging: Path, files: Files, content: Content) -> None:
+    """Write what is no rank's share, wait until the disk has all, and write the manifest."""
+    assert content.plan.prepared is not None
+    if lost := [name for name, entry in files.items() if not _has_size(staging / name, entry["bytes"])]:
+        raise CheckpointError(f"{', '.join(lost)}: written, and now gone from {staging.parent} or of another size")
+    write_safetensors(staging / GOLDEN, content.golden.arrays())
+    _copy(Path(content.plan.prepared) / "processor", staging / "processor")
+    write_json(staging / "demo.json", content.demo)
+    write_json(staging / "plan.json", content.plan.to_dict())
+    write_json(staging / "state.json", asdict(content.state))
+    others = inventory(staging, exclude={*files, MANIFEST})
+    for name in others:
+        sync(staging / name)
+    for directory in {staging, *((staging / name).parent for name in others)}:
+        sync_directory(directory)
+    write_sealed(staging / MANIFEST, {"format": FORMAT, "step": content.state.step, "files": {**files, **others}})
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
+def _copy(source: Path, target: Path) -> None:
+    """Copy a directory's files; unlike shutil's copytree it raises a plain OSError, and copies no modes."""
+    for path in walk(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
-def _key(name: str, part: Part) -> str:
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+# --------------------------------------------------------------------------------------------------------- names
+
+
+def directory_of(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, or would be."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def key(name: str, part: Part) -> str:
+    """Return what a tensor is called in a checkpoint's files."""
     return name if part == "weight" else f"{name}|{part}"
+
+
+# ------------------------------------------------------------------------------------------- finding and judging
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -245,33 +256,58 @@ def complete(run_dir: Path) -> list[Path]:
     return sorted((path for path in found if (path / MANIFEST).is_file()), reverse=True)
 
 
-def newest(run_dir: Path, *, tell: Callable[[str], None] | None = None, set_aside: bool = False) -> Checkpoint | None:
+def newest(
+    run_dir: Path,
+    *,
+    tell: Callable[[str], None] | None = None,
+    set_aside: bool = False,
+    rank: int = 0,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Checkpoint | None:
     """Return the newest checkpoint whose every file is as its manifest says, or None; say which were passed over.
 
-    Where it is asked for, damaged ones are renamed, so that nothing counts them as checkpoints again.
+    Ranks that call it together, with the engine's `gather`, share the hashing and all get the same one. Where it is
+    asked for, damaged ones are renamed, so that nothing counts them as checkpoints again.
     """
-    for directory in complete(run_dir):
-        problem = damage(directory)
-        if problem is None:
+    seen = gather(_started(run_dir))
+    for name in seen[0]:
+        directory = run_dir / "checkpoints" / name
+        problems = gather(damage(directory, share=(rank, len(seen))))
+        if not any(problems):
             return Checkpoint(directory)
         if tell:
-            tell(f"checkpoint {directory.name} is damaged and passed over: {problem}")
-        if set_aside:
-            with contextlib.suppress(OSError):
-                directory.rename(directory.with_name(f"damaged-{directory.name}"))
+            told = "; ".join(dict.fromkeys(filter(None, problems)))
+            tell(f"checkpoint {name} is damaged and passed over: {told}")
+        if set_aside and rank == 0:
+            _set_aside(directory)
     return None
 
 
-def damage(directory: Path) -> str | None:
-    """Return what is wrong with a checkpoint directory, or None."""
+def _started(run_dir: Path) -> list[str]:
+    """Return the names of what claims to be a checkpoint, newest first."""
+    return sorted((path.name for path in (run_dir / "checkpoints").glob("step-*")), reverse=True)
+
+
+def _set_aside(directory: Path) -> None:
+    """Rename what is damaged, if it is there; of several with one name the first is kept."""
+    with contextlib.suppress(OSError):
+        directory.rename(directory.with_name(f"damaged-{directory.name}"))
+    if directory.exists():
+        _remove(directory)
+
+
+def damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Return what is wrong with a checkpoint directory, or None; `share` is as `disagreements` has it."""
     try:
         manifest = read_json(directory / MANIFEST)
-        wrong = disagreements(directory, manifest["files"], manifest=MANIFEST)
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST}: format {manifest['format']!r}, this raytx reads {FORMAT}"
+        files = read_sealed(directory / MANIFEST)["files"]
+        return "; ".join(disagreements(directory, files, manifest=MANIFEST, share=share)) or None
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name}: missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')!r}, this raytx reads {FORMAT}"
-    return "; ".join(wrong) or None
+        return f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"
 
 
 def load(directory: str | Path) -> Checkpoint:
@@ -307,14 +343,22 @@ def chosen(run_dir: Path, plan: Plan | None = None) -> Checkpoint:
 
 
 def retain(run_dir: Path, *, num_to_keep: int | None, best_step: int | None) -> None:
-    """Remove checkpoints beyond the newest num_to_keep, and staging left by killed attempts; the best one stays."""
+    """Remove checkpoints beyond the newest num_to_keep, and staging left by killed attempts; the best one stays.
+
+    Called when a checkpoint has just been committed, so that there is always a complete one.
+    """
     directories = complete(run_dir)
     keep = {path.name for path in directories[:num_to_keep]}
     if best_step is not None:
-        keep.add(_name(best_step))
+        keep.add(directory_of(run_dir, best_step).name)
     for path in directories:
         if path.name not in keep:
             _remove(path)
+    sweep(run_dir)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what killed attempts have left half written or half removed."""
     for rubbish in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(rubbish, ignore_errors=True)
 

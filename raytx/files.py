@@ -6,9 +6,21 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+CHUNK = 8 << 20
+"""Bytes that are hashed and written at a time, both without Python's lock."""
+SPELLED = {
+    "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32", "uint32": "U32",
+    "float16": "F16", "int16": "I16", "uint16": "U16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""How safetensors spells numpy's types."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,6 +45,70 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own hash, so that no change of a byte in it goes unnoticed."""
+    write_text(path, _sealed(value))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return what `write_sealed` wrote; raise ValueError when a byte is not as it was."""
+    text = path.read_bytes().decode()
+    value: dict[str, Any] = json.loads(text)
+    value.pop("sha256", None)
+    if _sealed(value) != text:
+        raise ValueError("its own SHA-256 differs")
+    return value
+
+
+def _sealed(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return json.dumps({**value, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1, ensure_ascii=False)
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], *, advance: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
+    """Write contiguous arrays and wait until the disk has them; return {"bytes": size, "sha256": hash}.
+
+    The hash is taken of what was handed over, not of what a disk may have made of it. `advance` is told the bytes of
+    each piece that was written. Raises OSError.
+    """
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].itemsize))  # so each is aligned, as readers expect
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for piece in _pieces(arrays):
+            digest.update(piece)
+            size += file.write(piece)
+            advance(len(piece))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _pieces(arrays: Mapping[str, np.ndarray]) -> Iterator[memoryview]:
+    yield memoryview(_prologue(arrays))
+    for array in arrays.values():
+        data = array.reshape(-1).view(np.uint8).data
+        yield from (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
+
+
+def _prologue(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return what a safetensors file says before its numbers: a length and JSON, padded so that these are aligned."""
+    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for (name, array), end in zip(arrays.items(), accumulate(a.nbytes for a in arrays.values()), strict=True):
+        offsets = [end - array.nbytes, end]
+        said[name] = {"dtype": SPELLED[array.dtype.name], "shape": array.shape, "data_offsets": offsets}
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's bytes."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename in a directory durable; file systems that cannot (some network ones) are left as they are."""
     with contextlib.suppress(OSError):
@@ -55,7 +131,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def inventory(directory: Path, *, exclude: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+def inventory(directory: Path, *, exclude: Collection[str] = frozenset()) -> dict[str, dict[str, Any]]:
     """Return {relative path: {"bytes": size, "sha256": hash}} for every file below a directory."""
     return {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -77,19 +153,25 @@ def walk(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
-def disagreements(directory: Path, files: dict[str, dict[str, Any]], *, manifest: str) -> list[str]:
+def disagreements(
+    directory: Path, files: Mapping[str, Mapping[str, Any]], *, manifest: str, share: tuple[int, int] = (0, 1)
+) -> list[str]:
     """Return one line per file that is missing, of another size or hash than an inventory says, or not in it at all.
 
-    The manifest that holds the inventory is the one file that it does not list.
+    The manifest that holds the inventory is the one file that it does not list. `share` (n, of) is for readers who
+    divide the work: each hashes every of-th file, beginning with its own number, and the first looks for strange ones.
     """
+    first, readers = share
     listed = {*files, manifest}
-    found = [f"{n}: not in the manifest" for p in walk(directory) if (n := str(p.relative_to(directory))) not in listed]
-    for name, wanted in files.items():
-        path = directory / name
-        if not path.is_file():
-            found.append(f"{name}: missing")
-        elif path.stat().st_size != wanted["bytes"]:
-            found.append(f"{name}: {path.stat().st_size} bytes, the manifest says {wanted['bytes']}")
-        elif sha256(path) != wanted["sha256"]:
-            found.append(f"{name}: its SHA-256 differs from the manifest")
-    return found
+    there = walk(directory) if first == 0 else ()
+    found = [f"{n}: not in the manifest" for p in there if (n := str(p.relative_to(directory))) not in listed]
+    mine = {name: _disagreement(directory / name, files[name]) for name in sorted(files)[first::readers]}
+    return found + [f"{name}: {problem}" for name, problem in mine.items() if problem]
+
+
+def _disagreement(path: Path, wanted: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != wanted["bytes"]:
+        return f"{path.stat().st_size} bytes, the manifest says {wanted['bytes']}"
+    return None if sha256(path) == wanted["sha256"] else "its SHA-256 differs from the manifest"

@@ -151,6 +151,9 @@ class Save(Section):
     """Newest checkpoints that stay; the best one stays besides. Null keeps all."""
     keep: Literal["last", "best"] = "last"
     """Which checkpoint becomes the artifact."""
+    background: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory: 12 bytes a trained parameter under
+    adamw, shared among the ranks. False makes no copy, and training waits until the checkpoint is committed."""
 
 
 Count = Annotated[int, Field(gt=0, le=WORKERS)]

@@ -22,6 +22,7 @@ from raytx.errors import TrainingError
 from raytx.files import read_json
 from raytx.plan import Plan
 from raytx.prepare import META, Prepared, Samples
+from raytx.saving import Saver
 from raytx.tasks.base import Task
 
 GOLDEN_SAMPLES = 4
@@ -48,7 +49,7 @@ class Session:
     log: Callable[[Record], None]
     """Take a record for metrics.jsonl; must not block. Called on rank 0 only."""
     flush: Callable[[], None]
-    """Return when what was logged is on disk. Called on rank 0 only, before a checkpoint."""
+    """Return when what was logged is on disk. Called on rank 0 only, before a checkpoint, from a thread."""
     report: Callable[[dict[str, float]], None]
     """Take an evaluation's metrics. Called by every rank, equally often: Ray Train requires it."""
     node: str = ""
@@ -69,9 +70,11 @@ def train(plan: Plan, session: Session) -> State:
     np.random.seed(plan.recipe.train.seed)
     module = structure(plan)
     weights = model.weights(prepared.processor, seed=plan.recipe.train.seed)
+    promised = checkpoint.promised(module, plan.recipe.optim)
     engine = strategy.engine(module, model=model, weights=weights, plan=plan, rank=session.rank)
     batches = Batches(plan, task, prepared.samples("train"), dp_rank=plan.layout.dp_rank(session.rank))
-    loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"))
+    saver = Saver(engine, plan, rank=session.rank, promised=promised, log=session.log, flush=session.flush)
+    loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"), saver)
     pulse.phase("restore")
     state = restore(engine, plan, session)
     places = engine.gather((session.node, os.getpid()))
@@ -101,15 +104,15 @@ def structure(plan: Plan) -> Any:
 
 def restore(engine: Engine, plan: Plan, session: Session) -> State:
     """Load the newest complete checkpoint into the engine, the same on every rank; a fresh state when there is none."""
-    found = None
-    if session.rank == 0:
-        found = checkpoint.newest(
-            plan.run_dir, tell=lambda text: session.log({"kind": "remark", "text": text}), set_aside=True
-        )
-    directory = engine.gather(str(found.directory) if found else None)[0]
-    if directory is None:
+    source = checkpoint.newest(
+        plan.run_dir,
+        tell=(lambda text: session.log({"kind": "remark", "text": text})) if session.rank == 0 else None,
+        set_aside=True,
+        rank=session.rank,
+        gather=engine.gather,
+    )
+    if source is None:
         return State()
-    source = found or checkpoint.Checkpoint(Path(directory))
     engine.load_tensors(source.read, step=source.step)
     engine.load_scalars(source.state.scalars)
     if session.rank == 0:
@@ -126,21 +129,38 @@ class _Loop:
     """The moving parts of one attempt."""
 
     def __init__(
-        self, plan: Plan, session: Session, task: Task, engine: Engine, batches: Batches, held_out: Samples
+        self,
+        plan: Plan,
+        session: Session,
+        task: Task,
+        engine: Engine,
+        batches: Batches,
+        held_out: Samples,
+        saver: Saver,
     ) -> None:
         self.plan, self.session, self.task, self.engine = plan, session, task, engine
-        self.batches, self.held_out = batches, held_out
+        self.batches, self.held_out, self.saver = batches, held_out, saver
         self.shown = held_out if len(held_out) else batches.samples
-        self.council, self.recess = Council(engine, session), Council(engine, session)
+        self.council, self.recess = Council(engine, session, saver), Council(engine, session, saver)
 
     def run(self, state: State) -> State:
-        """Do the steps that are left."""
+        """Do the steps that are left, and wait until what is being saved is committed."""
+        try:
+            state = self.steps(state)
+        except TrainingError:  # every rank meets it at the same step, so what is being saved can still be committed
+            self.saver.wait()
+            raise
+        self.saver.wait()
+        pulse.phase("end")
+        return state
+
+    def steps(self, state: State) -> State:
+        """Do the steps that are left, or those until the run is told to end."""
         assert self.plan.steps is not None
         if state.step and not state.metrics and self._evaluates(state.step):
             state = self.settle(state)  # an order broke into its evaluation
         while state.step < self.plan.steps and not self.stopped:
             state = self.settle(self.step(state))
-        pulse.phase("end")
         return state
 
     def settle(self, state: State) -> State:
@@ -211,26 +231,12 @@ class _Loop:
         return replace(state, metrics=metrics)
 
     def save(self, state: State) -> None:
-        """Commit a checkpoint and remove those that need not stay."""
-        started = time.monotonic()
+        """Have a checkpoint of this moment committed, and those removed that need not stay."""
+        since = time.monotonic()
         pulse.phase("checkpoint")
         state = replace(state, scalars=self.engine.scalars())
-        run_dir = self.plan.run_dir
-        if self.session.rank == 0:
-            self.session.flush()
-        path = checkpoint.commit(
-            self.engine,
-            run_dir,
-            rank=self.session.rank,
-            plan=self.plan,
-            state=state,
-            golden=self.golden(),
-            demo=self.task.demo(self.shown[spread(len(self.shown), DEMO_SAMPLES)]),
-        )
-        if self.session.rank == 0:
-            checkpoint.retain(run_dir, num_to_keep=self.plan.recipe.save.num_to_keep, best_step=state.best_step)
-            seconds = time.monotonic() - started
-            self.session.log({"kind": "checkpoint", "step": state.step, "name": path.name, "seconds": seconds})
+        demo = self.task.demo(self.shown[spread(len(self.shown), DEMO_SAMPLES)])
+        self.saver.begin(state, golden=self.golden(), demo=demo, since=since)
 
     def golden(self) -> Golden:
         """Record what the engine answers to a few samples, held-out ones where there are any."""
@@ -249,12 +255,13 @@ class _Loop:
 class Council:
     """Ranks ask each other for orders about twice a second, at the same step on each: a collective cheap enough.
 
+    They also tell each other how far the save under way is, which so goes on its way at the same step everywhere.
     Orders reach ranks at different moments, so none may act on what it heard alone. How many steps lie between two
     councils follows from how long they take on the slowest rank.
     """
 
-    def __init__(self, engine: Engine, session: Session) -> None:
-        self._engine, self._session = engine, session
+    def __init__(self, engine: Engine, session: Session, saver: Saver) -> None:
+        self._engine, self._session, self._saver = engine, session, saver
         self.heard = Order()
         self._period, self._calls, self._met = 1, 0, time.monotonic()
 
@@ -265,11 +272,12 @@ class Council:
             return False
         pulse.phase("council")
         pace = (time.monotonic() - self._met) / self._calls
-        voices: list[tuple[Order, float]] = self._engine.gather((self._session.order(), pace))
-        slowest = max(pace for _, pace in voices)
-        self._period = max(1, min(2 * self._period, int(COUNCIL_S / max(slowest, 1e-6))))
+        voices = self._engine.gather((self._session.order(), self._saver.status(), pace))
+        orders, statuses, paces = zip(*voices, strict=True)
+        self._period = max(1, min(2 * self._period, int(COUNCIL_S / max(*paces, 1e-6))))
         self._calls, self._met = 0, time.monotonic()
-        before, self.heard = self.heard, max(order for order, _ in voices)
+        before, self.heard = self.heard, max(orders)
+        self._saver.council(statuses)
         return self.heard.number > before.number
 
 
