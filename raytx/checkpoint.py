@@ -357,6 +357,15 @@ def retain(run_dir: Path, *, num_to_keep: int | None, best_step: int | None) -> 
     sweep(run_dir)
 
 
+def make_room(run_dir: Path) -> None:
+    """Make the directory of a run's checkpoints, or rid it of rubbish where there is one. Raises OSError."""
+    directory = run_dir / "checkpoints"
+    directory.mkdir(parents=True, exist_ok=True)
+    for made in (run_dir, run_dir.parent):
+        sync_directory(made)
+    sweep(run_dir)
+
+
 def sweep(run_dir: Path) -> None:
     """Remove what killed attempts have left half written or half removed."""
     for rubbish in (run_dir / "checkpoints").glob(".step-*"):

@@ -76,8 +76,7 @@ class Saver:
         self._save: _Save | None = None
         self._told = False
         if rank == 0:
-            plan.run_dir.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(plan.run_dir)
+            checkpoint.make_room(plan.run_dir)
         # A name of this attempt's own: a rank of one that was given up may still be writing.
         self._attempt: str = engine.gather(f"{time.time_ns():x}")[0]
 
