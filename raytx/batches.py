@@ -10,7 +10,8 @@ import numpy as np
 from raytx.components import Microbatch
 from raytx.plan import Plan
 from raytx.prepare import Samples
-from raytx.tasks.base import Task
+from raytx.seeding import seed_generators
+from raytx.tasks.base import Features, Task
 
 
 class Batches:
@@ -46,13 +47,28 @@ class Batches:
         """Return the tokens of a step's global batch."""
         return int(self.samples.lengths[self.indices(step)].sum())
 
+    def alone(self, index: int) -> Microbatch:
+        """Return a microbatch of a single sample."""
+        features = self._collated(np.array([index]), self._seeds(index)[1])
+        return Microbatch(features, weight=1.0, seed=0, samples=(index,))
+
     def _microbatch(self, window: np.ndarray, slot: int, targets: int, step: int) -> Microbatch:
         chosen = window[slot * self._micro : (slot + 1) * self._micro]
         weight = float(self.samples.num_targets[chosen].sum()) / targets
         # A short batch leaves slots empty. Every rank must still do the same passes: a weightless sample fills them.
         filled = chosen if len(chosen) else window[:1]
-        seed = np.random.SeedSequence([self._plan.recipe.train.seed, step, slot]).generate_state(1)[0]
-        return Microbatch(self._task.collate(self.samples[filled]), weight, int(seed))
+        seed, collating = self._seeds(step, slot)
+        return Microbatch(self._collated(filled, collating), weight, seed, samples=tuple(chosen.tolist()))
+
+    def _collated(self, chosen: np.ndarray, seed: int) -> Features:
+        """Collate samples; what a task draws at random there is the same wherever and whenever it is done."""
+        seed_generators(seed)
+        return self._task.collate(self.samples[chosen])
+
+    def _seeds(self, *place: int) -> tuple[int, int]:
+        """Return the seeds of a forward pass and of collating: if they were one, both would draw the same numbers."""
+        forward, collating = np.random.SeedSequence([self._plan.recipe.train.seed, *place]).generate_state(2)
+        return int(forward), int(collating)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  one Batches lives as long as its process
     def _order(self, epoch: int) -> np.ndarray:
@@ -72,7 +88,8 @@ def evaluation_batches(
         mine = first + dp_rank
         window = windows[mine] if mine < len(windows) else windows[-1][:1]
         targets = int(samples.num_targets[window].sum()) if mine < len(windows) else 0
-        yield Microbatch(task.collate(samples[window]), weight=1.0, seed=0), targets
+        seed_generators(mine)
+        yield Microbatch(task.collate(samples[window]), weight=1.0, seed=mine), targets
 
 
 def spread(count: int, limit: int) -> np.ndarray:

@@ -70,7 +70,7 @@ class State:
     """How far a run is. Data position and dropout follow from the step; see batches.py."""
 
     step: int = 0
-    """Optimizer updates done."""
+    """Steps done: optimizer updates, and those left out because of what is not finite."""
     best: float | None = None
     """Best value of the metric so far."""
     best_step: int | None = None
@@ -80,6 +80,8 @@ class State:
     """The evaluation of this very step; empty when there was none."""
     seconds: float = 0.0
     """Wall-clock seconds spent in training, over all attempts."""
+    nonfinite: int = 0
+    """Steps that updated nothing, as their loss or gradient norm was not finite; see train.max_nonfinite."""
     scalars: dict[str, float] = field(default_factory=dict)
     """The engine's own numbers, such as the loss scale of fp16."""
 

@@ -339,8 +339,10 @@ class Microbatch:
     """This microbatch's share of the global batch's targets; the shares of all ranks add up to 1, so the global loss
     is the mean over targets, however many ranks there are. 0 marks the padding of a short last batch."""
     seed: int
-    """Seeds dropout. A function of seed, step and place in the global batch, so that it is the same under any number
-    of ranks and needs no saving."""
+    """Seeds dropout and whatever else a forward pass draws: an engine gives it to raytx.seeding before each. A function
+    of seed, step and place in the global batch, so that it is the same on any number of ranks and needs no saving."""
+    samples: tuple[int, ...] = ()
+    """Which samples these are, by index in the prepared data; none where they only fill a short batch."""
 
 
 class Engine(Protocol):
@@ -351,7 +353,9 @@ class Engine(Protocol):
     def train_batch(self, microbatches: list[Microbatch], *, lr: float) -> dict[str, float]:
         """Do one optimizer update. Return loss and grad_norm (before clipping), equal on all ranks. Collective.
 
-        Under fp16 it returns loss_scale and skipped besides: a step whose gradients overflowed updates nothing.
+        Where either is not finite it updates nothing, neither weights nor any state of the optimizer, on any rank.
+        Under fp16 it returns loss_scale and skipped besides: a step whose gradients overflowed updates nothing and has
+        a grad_norm of 0.
         """
 
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:

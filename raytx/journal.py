@@ -1,4 +1,4 @@
-"""The journal of a run: metrics.jsonl and TensorBoard events, written by rank 0; the progress line, by the driver."""
+"""The journal of a run: metrics.jsonl, TensorBoard events and ledger, written by rank 0; progress, by the driver."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from rich.text import Text
 from raytx.files import write_text
 
 METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+FED = "fed"
+"""Kind of the records that go into the ledger; see ledger.py."""
 PLAIN_EVERY_S = 5.0
 """Seconds between progress lines where the output is no terminal."""
 SPEED_WINDOW = 20
@@ -33,7 +36,7 @@ class Journal:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / METRICS
+        self._path, self._ledger = run_dir / METRICS, run_dir / LEDGER
         self._events = _Events(run_dir / "tensorboard")
 
     def __enter__(self) -> Journal:
@@ -53,12 +56,19 @@ class Journal:
 
     def _write(self, record: Record) -> None:
         if record["kind"] in FRESH:
-            kept = [line for line in rows(self._path) if line.get("step", 0) <= record["step"]]
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            for path in (self._path, self._ledger):
+                _cut(path, after=record["step"])
         line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-        with open(self._path, "a", encoding="utf-8") as file:
+        with open(self._ledger if record["kind"] == FED else self._path, "a", encoding="utf-8") as file:
             file.write(line)
         self._events.add(record)
+
+
+def _cut(path: Path, *, after: int) -> None:
+    """Drop the rows of later steps from a file, where it exists."""
+    if path.is_file():
+        kept = [line for line in rows(path) if line.get("step", 0) <= after]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Display:

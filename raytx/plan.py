@@ -149,12 +149,16 @@ class Plan:
         return digest(self.identity())
 
 
+INDIFFERENT = frozenset({"activation_checkpointing", "max_nonfinite", "ledger"})
+"""Keys of the section train that decide no numbers."""
+
+
 def identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a dumped recipe that decide the numbers: two that agree on them continue one another's run.
 
     Workers, strategy, what is measured, saved, exported or served may change between a run and its continuation.
     """
-    train = {key: value for key, value in recipe["train"].items() if key != "activation_checkpointing"}
+    train = {key: value for key, value in recipe["train"].items() if key not in INDIFFERENT}
     shaping = [step for step in recipe["compression"] if _changes_training(step["type"])]
     identity = {"model": recipe["model"], "data": recipe["data"], "optim": recipe["optim"], "train": train}
     return identity | ({"compression": shaping} if shaping else {})

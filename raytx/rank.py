@@ -24,7 +24,7 @@ from typing import Any
 from raytx import pulse, rendezvous, worker
 from raytx.channel import Channel
 from raytx.errors import RaytxError
-from raytx.journal import Journal
+from raytx.journal import FED, Journal
 from raytx.plan import Plan
 from raytx.worker import Order, Record
 
@@ -187,7 +187,8 @@ class Writer:
         if (problem := journal.take(records)) is not None:
             records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {problem}"}]
         for record in records:
-            self._tell(record)
+            if record["kind"] != FED:  # which is for the file alone
+                self._tell(record)
 
 
 def _flush_output() -> None:

@@ -120,7 +120,12 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(0, ge=0, lt=SEEDS)
-    """Seeds initial weights, data order and dropout."""
+    """Seeds initial weights, data order, dropout, and whatever a model or task draws from Python, NumPy or torch."""
+    max_nonfinite: int = Field(0, ge=0)
+    """Steps of a run whose loss or gradient norm is not finite that are left out, as if they had not been; one more
+    stops it. Each is told with its samples."""
+    ledger: bool = False
+    """Write the samples of every step into ledger.jsonl, to audit that each is seen exactly once an epoch."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

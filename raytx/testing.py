@@ -22,7 +22,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -696,6 +696,7 @@ def check_engine(config: Any) -> None:
     _check_training(config, bench)
     _check_evaluation(config, bench)
     _check_state(config, bench)
+    _check_left_out(config, bench)
     _demand(bench.engine.gather("x") == ["x"], config, "gather() of one rank must return a list of its own value")
     bench.engine.barrier()
     _demand(bench.engine.peak_memory() > 0, config, "peak_memory() must be the bytes that were used at most")
@@ -732,6 +733,27 @@ def _check_training(config: Any, bench: _Bench) -> None:
     _demand(after < before, config, f"the loss of a batch that was trained on does not fall: {fell}")
 
 
+def _check_left_out(config: Any, bench: _Bench) -> None:
+    """A step whose numbers are not finite must be as if it had not been, for the steps after it too."""
+    kept, step = bench.state(), bench.step
+    poisoned, *rest = bench.batches.microbatches(step)
+    metrics = bench.engine.train_batch([replace(poisoned, weight=float("nan")), *rest], lr=bench.lr)
+    found = f"loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
+    _demand(not np.isfinite(metrics["loss"]), config, f"a loss that is nan must be returned as such, not as {found}")
+    changed = _changes(kept, bench.state())
+    _demand(not changed, config, f"a step with {found} must update nothing, it changes {', '.join(changed[:3])}")
+    first = bench.train(2)
+    bench.engine.load_tensors(lambda name, part: kept[name, part], step=step)
+    bench.step = step
+    _demand(bench.train(2) == first, config, f"the steps after one with {found}, which is left out, differ from others")
+
+
+def _changes(before: Mapping[tuple[str, str], np.ndarray], after: Mapping[tuple[str, str], np.ndarray]) -> list[str]:
+    return [
+        f"{name} ({part})" for (name, part), array in after.items() if not np.array_equal(array, before[name, part])
+    ]
+
+
 def _check_evaluation(config: Any, bench: _Bench) -> None:
     microbatch = bench.batches.microbatches(0)[0]
     loss, logits = bench.engine.eval_batch(microbatch, logits=True)
@@ -761,11 +783,7 @@ def _check_state(config: Any, bench: _Bench) -> None:
     first = bench.train(2)
     bench.engine.load_tensors(lambda name, part: kept[name, part], step=step)
     bench.step = step
-    changed = [
-        f"{name} ({part})"
-        for (name, part), value in bench.state().items()
-        if not np.array_equal(value, kept[name, part])
-    ]
+    changed = _changes(kept, bench.state())
     _demand(not changed, config, f"load_tensors() does not give back what tensors() gave: {', '.join(changed[:3])}")
     _demand(
         bench.train(2) == first, config, "the steps after load_tensors() differ from those that were not interrupted"

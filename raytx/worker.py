@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,16 +11,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raytx import checkpoint, pulse
+from raytx import checkpoint, nonfinite, pulse
 from raytx.artifact import Golden
 from raytx.batches import Batches, evaluation_batches, spread
 from raytx.checkpoint import State
 from raytx.components import Engine, Microbatch
 from raytx.errors import TrainingError
 from raytx.files import read_json
+from raytx.ledger import Ledger
 from raytx.plan import Plan
 from raytx.prepare import META, Prepared, Samples
 from raytx.saving import Saver
+from raytx.seeding import seed_generators
 from raytx.tasks.base import Task
 
 GOLDEN_SAMPLES = 4
@@ -66,8 +66,7 @@ def train(plan: Plan, session: Session) -> State:
     model = plan.recipe.model.build()
     task = model.task(prepared.processor)
     strategy = plan.recipe.strategy.build()
-    random.seed(plan.recipe.train.seed)
-    np.random.seed(plan.recipe.train.seed)
+    seed_generators(plan.recipe.train.seed)
     module = structure(plan)
     weights = model.weights(prepared.processor, seed=plan.recipe.train.seed)
     promised = checkpoint.promised(module, plan.recipe.optim)
@@ -113,7 +112,7 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
     )
     if source is None:
         return State()
-    engine.load_tensors(source.read, step=source.step)
+    engine.load_tensors(source.read, step=source.step - source.state.nonfinite)
     engine.load_scalars(source.state.scalars)
     if session.rank == 0:
         session.log({"kind": "resumed", "step": source.step, "checkpoint": source.directory.name})
@@ -141,6 +140,7 @@ class _Loop:
         self.plan, self.session, self.task, self.engine = plan, session, task, engine
         self.batches, self.held_out, self.saver = batches, held_out, saver
         self.shown = held_out if len(held_out) else batches.samples
+        self.ledger = Ledger(speaks=_speaks(plan, session.rank)) if plan.recipe.train.ledger else None
         self.council, self.recess = Council(engine, session, saver), Council(engine, session, saver)
 
     def run(self, state: State) -> State:
@@ -165,6 +165,8 @@ class _Loop:
 
     def settle(self, state: State) -> State:
         """Do what follows an update. Evaluation comes before saving, so that a checkpoint knows its own metrics."""
+        if self.ledger is not None and self.ledger.is_full:
+            self.tell_fed()
         if self._evaluates(state.step):
             state = self.evaluate(state)
         ordered = self.council.meet()
@@ -197,12 +199,12 @@ class _Loop:
         metrics = self.engine.train_batch(microbatches, lr=lr)
         seconds = time.monotonic() - started
         step = state.step + 1
-        if not all(map(math.isfinite, metrics.values())):
-            raise TrainingError(
-                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: training has diverged. "
-                f"Samples of the batch: {self.batches.indices(state.step).tolist()[:64]}. Lower optim.lr, lengthen "
-                "optim.warmup or look at these samples"
-            )
+        done = replace(state, step=step, metrics={}, seconds=state.seconds + seconds)
+        pulse.stepped(step, seconds)
+        if self.ledger is not None:
+            self.ledger.note(step, microbatches)
+        if not nonfinite.is_finite(metrics):
+            return self.leave_out(done, metrics, microbatches)
         if self.session.rank == 0:
             tokens = self.batches.tokens(state.step)
             samples = len(self.batches.indices(state.step))
@@ -210,8 +212,27 @@ class _Loop:
                 {"kind": "step", "step": step, "epoch": round(step / (self.plan.steps_per_epoch or 1), 4), **metrics}
                 | {"lr": lr, "tokens_per_s": tokens / seconds, "samples_per_s": samples / seconds, "seconds": seconds}
             )
-        pulse.stepped(step, seconds)
-        return replace(state, step=step, metrics={}, seconds=state.seconds + seconds)
+        return done
+
+    def leave_out(self, state: State, metrics: Record, microbatches: list[Microbatch]) -> State:
+        """Count a step that has updated nothing, and say where that came from; raise TrainingError past the limit."""
+        pulse.phase("evaluation")
+        state, limit = replace(state, nonfinite=state.nonfinite + 1), self.plan.recipe.train.max_nonfinite
+        found = nonfinite.culprits(self.engine, self.batches, microbatches)
+        samples = self.batches.indices(state.step - 1).tolist()
+        text = nonfinite.account(state.step, metrics, samples, found)
+        if state.nonfinite > limit:
+            raise TrainingError(
+                f"{text}. Training has diverged: such steps are {state.nonfinite} by now, train.max_nonfinite is "
+                f"{limit}. Lower optim.lr, lengthen optim.warmup or look at these samples"
+            )
+        if self.session.rank == 0:
+            numbers = {key: str(value) for key, value in metrics.items()}  # JSON has no word for them
+            record = {"step": state.step, **numbers, "samples": found or samples, "count": state.nonfinite}
+            self.session.log({"kind": "nonfinite", **record})
+            told = f"{text}. It is left out, as {state.nonfinite} of at most {limit}"
+            self.session.log({"kind": "remark", "step": state.step, "text": told})
+        return state
 
     def evaluate(self, state: State) -> State:
         """Measure the held-out split; remember the best. The state is as it was where the run is told to end."""
@@ -235,8 +256,14 @@ class _Loop:
         since = time.monotonic()
         pulse.phase("checkpoint")
         state = replace(state, scalars=self.engine.scalars())
+        self.tell_fed()
         demo = self.task.demo(self.shown[spread(len(self.shown), DEMO_SAMPLES)])
         self.saver.begin(state, golden=self.golden(), demo=demo, since=since)
+
+    def tell_fed(self) -> None:
+        """Log which samples all ranks were fed since this was last done; before a checkpoint says that they were."""
+        if self.ledger is not None:
+            self.ledger.tell(self.engine, self.session.log if self.session.rank == 0 else None)
 
     def golden(self) -> Golden:
         """Record what the engine answers to a few samples, held-out ones where there are any."""
@@ -310,7 +337,11 @@ def evaluate(
         loss, logits = engine.eval_batch(microbatch, logits=task.needs_logits)
         if targets:
             parts.append(task.evaluation(microbatch.features, loss, logits, targets))
-    coordinate = plan.layout.coordinate(rank)
-    speaks = not (coordinate.tensor or coordinate.sequence or coordinate.pipeline)  # one rank of each replica
-    gathered = engine.gather(parts if speaks else [])
+    gathered = engine.gather(parts if _speaks(plan, rank) else [])
     return task.metrics([part for of_rank in gathered for part in of_rank])
+
+
+def _speaks(plan: Plan, rank: int) -> bool:
+    """Tell whether a rank stands for those that share its samples: one of each replica."""
+    coordinate = plan.layout.coordinate(rank)
+    return not (coordinate.tensor or coordinate.sequence or coordinate.pipeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from raytx.components import Microbatch, Model, Part, Weights
 from raytx.errors import ResourceError
 from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
+from raytx.seeding import seed_generators
+from raytx_deepspeed.finite import forget, tainted
 from raytx_deepspeed.groups import Groups
 from raytx_deepspeed.place import materialise
 from raytx_deepspeed.sequence import Slices
@@ -154,14 +157,14 @@ class DeepSpeedEngine:
         dist.all_reduce(loss, group=self._groups.replicas)
         if self._slices is not None:
             self._slices.check()
-        return {"loss": loss.item(), **self._outcome(norm)}
+        return self._outcome(loss.item(), norm)
 
     def _backward(self, microbatch: Microbatch) -> torch.Tensor:
         """Add a microbatch's gradients; return its share of the global loss."""
-        torch.manual_seed(microbatch.seed ^ self._groups.coordinate.sequence << 32)  # slices drop other places
+        seed_generators(microbatch.seed, part=self._groups.coordinate.sequence)  # slices drop other places
         share = self._engine(**self._features(microbatch)).loss.float() * microbatch.weight
         # backward() divides by the accumulation steps and reduction by ranks; the shares need neither.
-        self._engine.backward(share * self._accumulation * self._ranks)
+        self._engine.backward(tainted(share) * self._accumulation * self._ranks)
         return share.detach().double()
 
     def _step(self) -> float:
@@ -173,6 +176,8 @@ class DeepSpeedEngine:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())
         norm = self._clip()
+        if not math.isfinite(norm):
+            forget(self._trained.values())
         self._engine.step()
         return norm
 
@@ -196,17 +201,20 @@ class DeepSpeedEngine:
                 total += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
         return total
 
-    def _outcome(self, norm: float) -> dict[str, float]:
-        """Return what a step reports of its gradients. One that overflowed in fp16 has updated nothing."""
+    def _outcome(self, loss: float, norm: float) -> dict[str, float]:
+        """Return what a step's row tells of it. One that overflowed in fp16 has updated nothing."""
         if not self._scaled:
-            return {"grad_norm": norm}
+            return {"loss": loss, "grad_norm": norm}
         skipped = bool(self._engine.optimizer.overflow)
         scale = float(self._engine.optimizer.cur_scale)
-        return {"grad_norm": 0.0 if skipped else norm, "skipped": float(skipped), "loss_scale": scale}
+        if skipped and not math.isfinite(loss):
+            self._engine.skipped_steps -= 1  # no matter of the scale: whoever trains counts it
+        return {"loss": loss, "grad_norm": 0.0 if skipped else norm, "skipped": float(skipped), "loss_scale": scale}
 
     @torch.no_grad()
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
         self._engine.eval()
+        seed_generators(microbatch.seed, part=self._groups.coordinate.sequence)
         output = self._engine(**self._features(microbatch))
         loss = torch.tensor(float("nan"), device=self._engine.device) if output.loss is None else output.loss
         answer = output.logits.float()

@@ -223,7 +223,7 @@ class ThreeDEngine(DeepSpeedEngine):
             group["lr"] = lr
         fed = [Fed.of(microbatch, self._engine.device, weighed=True) for microbatch in microbatches]
         loss, norm = self._engine.train_step(fed)
-        return {"loss": loss, **self._outcome(norm)}
+        return self._outcome(loss, norm)
 
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
         fed = Fed.of(microbatch, self._engine.device, weighed=False)

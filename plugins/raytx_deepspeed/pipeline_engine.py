@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from raytx_deepspeed.finite import forget
 from raytx_deepspeed.pipeline_module import Fed
 
 
@@ -98,12 +99,14 @@ class StageEngine(PipelineEngine):
         gradients = list(self._gradients())
         norm = self._norm(gradients)
         self.norm = norm.item()
-        if self.max_norm is not None and gradients and math.isfinite(self.norm):  # what overflowed, DeepSpeed skips
+        if self.max_norm is not None and gradients and math.isfinite(self.norm):
             factor = (self.max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([gradient for _, gradient in gradients], factor)
-        if self.zero_optimization() and math.isfinite(self.norm):
-            # DeepSpeed would sum it once more, in fp32; it asks only to see an overflow
+        if self.zero_optimization():
+            # DeepSpeed would sum it once more, in fp32; it asks only to leave out what is not finite
             self.optimizer.scaled_global_norm = lambda: norm.float() * self.optimizer.loss_scale
+        elif not math.isfinite(self.norm):
+            forget(self.module.parameters())
         super()._take_model_step(lr_kwargs)
         vars(self.optimizer).pop("scaled_global_norm", None)
 

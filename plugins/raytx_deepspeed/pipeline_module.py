@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from raytx.components import Microbatch
+from raytx.seeding import seed_generators
 from raytx.tasks.base import IGNORED
+from raytx_deepspeed.finite import tainted
 from raytx_deepspeed.stages import Stages
 
 TRAVELLING = ("attention_mask", "position_ids")
@@ -66,7 +68,7 @@ class Loss:
             return mean
         share = mean * weight[0]
         self._total = self._total + share.detach().double()
-        return share * self._divisor
+        return tainted(share) * self._divisor
 
     def taken(self) -> torch.Tensor | float:
         """Return the sum of shares since this was last asked."""
@@ -119,9 +121,8 @@ class StageModule(PipelineModule):
         fed = self.fed.popleft()
         travel: Any = (hidden, *fed.travelling)
         for place, piece in enumerate(self.forward_funcs, self._local_start):
-            if self.training:
-                # By piece, so that dropout is the same however the pieces are staged and whatever ran in between.
-                torch.manual_seed(fed.seed << 16 | place)
+            # By piece, so that dropout is the same however the pieces are staged and whatever ran in between.
+            seed_generators(fed.seed << 16 | place)
             travel = piece(travel)
         return travel[0].contiguous() if isinstance(travel, tuple) else travel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from raytx.components import Microbatch, Part
 from raytx.errors import CheckpointError
 from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
+from raytx.seeding import seed_generators
 from raytx_torch.loss_scale import LossScale
 from raytx_torch.moments import count_steps, create_state
 from raytx_torch.parts import local, part_of, whole
@@ -69,12 +71,11 @@ class TorchEngine:
         for place, microbatch in enumerate(microbatches):
             with self._spread.accumulating(more=place < len(microbatches) - 1):
                 loss += self._backward(microbatch)
-        update = self._update(lr)
-        return {"loss": self._sum(loss), **update}
+        return self._update(self._sum(loss), lr=lr)
 
     def _backward(self, microbatch: Microbatch) -> torch.Tensor:
         """Add a microbatch's gradients; return its share of the global loss."""
-        torch.manual_seed(microbatch.seed)
+        seed_generators(microbatch.seed)
         with self._autocast():
             share = self._spread.called(**self._move(microbatch)).loss * microbatch.weight
         (share * (self._spread.divisor * self._factor)).backward()
@@ -85,18 +86,23 @@ class TorchEngine:
         """What the loss, and with it every gradient, is multiplied by."""
         return 1.0 if self._scale is None else self._scale.value
 
-    def _update(self, lr: float) -> dict[str, float]:
-        """Clip, step and forget the gradients; return what the step's row tells of it."""
+    def _update(self, total: torch.Tensor, *, lr: float) -> dict[str, float]:
+        """Clip, step and forget the gradients; return what the step's row tells of it.
+
+        The numbers are asked for before the update, which depends on them, and both at once: the device is waited for
+        once a step, and updates while the next batch is made.
+        """
         gradients = [local(p.grad) for p in self._trained.values() if p.grad is not None]
         norm = self._norm(gradients) / self._factor
-        told: dict[str, float] = {} if self._scale is None else self._scale.judge(norm.item())
-        if not told.get("skipped"):
+        loss, size = torch.stack((total, norm)).tolist()
+        told = {} if self._scale is None or not math.isfinite(loss) else self._scale.judge(size)
+        if math.isfinite(loss) and math.isfinite(size):
             self._clip(gradients, norm, factor=told.get("loss_scale", 1.0))
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return {"grad_norm": 0.0 if told.get("skipped") else norm.item(), **told}
+        return {"loss": loss, "grad_norm": 0.0 if told.get("skipped") else size, **told}
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """Return the global norm of what lies in parts, summed in fp64.
@@ -122,6 +128,7 @@ class TorchEngine:
     @torch.no_grad()
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
         self.module.eval()
+        seed_generators(microbatch.seed)
         with self._autocast():
             output = self.module(**self._move(microbatch))
         self._spread.settle()
@@ -140,10 +147,10 @@ class TorchEngine:
     def barrier(self) -> None:
         self.gather(None)
 
-    def _sum(self, value: torch.Tensor) -> float:
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
         if self._ranks > 1:
             dist.all_reduce(value)
-        return value.item()
+        return value
 
     # ---- state
 
