@@ -1,6 +1,8 @@
 """One rank of a process group without Ray: trains plans one after the other and keeps what they log.
 
 python rank.py RANK WORLD_SIZE RENDEZVOUS_FILE PLAN.json...
+
+RAYTX_OMITTED names a step that is not done at all, as if its samples had never been there.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 
 def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
@@ -18,24 +22,38 @@ def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
     }
+    import raytx_unsteady
     import torch.distributed as dist
 
     from raytx import worker
     from raytx.plan import Plan
+    from raytx.testing import FakeEntryPoint, installed
 
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    for path in plans:
-        plan = Plan.from_dict(json.loads(Path(path).read_text()))
-        log = Path(path).with_suffix(".jsonl").open("a")
-        session = worker.Session(
-            rank=rank,
-            log=lambda record, to=log: print(json.dumps(record), file=to, flush=True),
-            flush=lambda: None,
-            report=lambda metrics: None,
-        )
-        worker.train(plan, session)
+    omit(worker, int(os.environ.get("RAYTX_OMITTED", 0)))
+    with installed(FakeEntryPoint("raytx_unsteady", raytx_unsteady)):
+        for path in plans:
+            plan = Plan.from_dict(json.loads(Path(path).read_text()))
+            log = Path(path).with_suffix(".jsonl").open("a")
+            session = worker.Session(
+                rank=rank,
+                log=lambda record, to=log: print(json.dumps(record), file=to, flush=True),
+                flush=lambda: None,
+                report=lambda metrics: None,
+            )
+            worker.train(plan, session)
     dist.barrier()
     os._exit(0)  # DeepSpeed's threads would keep the process for seconds
+
+
+def omit(worker: Any, omitted: int) -> None:
+    """Let the loop pass over a step."""
+    step = worker._Loop.step
+
+    def passing(loop: Any, state: Any) -> Any:
+        return replace(state, step=omitted) if state.step + 1 == omitted else step(loop, state)
+
+    worker._Loop.step = passing
 
 
 if __name__ == "__main__":
