@@ -16,6 +16,7 @@ import functools
 import importlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -697,6 +698,7 @@ def check_engine(config: Any) -> None:
     _check_evaluation(config, bench)
     _check_state(config, bench)
     _check_left_out(config, bench)
+    _check_draws(config, bench)
     _demand(bench.engine.gather("x") == ["x"], config, "gather() of one rank must return a list of its own value")
     bench.engine.barrier()
     _demand(bench.engine.peak_memory() > 0, config, "peak_memory() must be the bytes that were used at most")
@@ -746,6 +748,36 @@ def _check_left_out(config: Any, bench: _Bench) -> None:
     bench.engine.load_tensors(lambda name, part: kept[name, part], step=step)
     bench.step = step
     _demand(bench.train(2) == first, config, f"the steps after one with {found}, which is left out, differ from others")
+
+
+def _check_draws(config: Any, bench: _Bench) -> None:
+    """What a model draws while it is trained or evaluated must follow from the microbatch's seed alone."""
+    microbatch = bench.batches.microbatches(0)[0]
+    passes: dict[str, Callable[[], Any]] = {
+        "train_batch": lambda: bench.engine.train_batch([microbatch, *bench.batches.microbatches(0)[1:]], lr=0.0),
+        "eval_batch": lambda: bench.engine.eval_batch(microbatch, logits=False),
+    }
+    for name, run in passes.items():
+        one, other = _drawn(bench.engine, run), _drawn(bench.engine, run)
+        told = "draws other random numbers the second time; seed_generators(microbatch.seed) belongs before each pass"
+        _demand(one and one == other, config, f"a model under {name} {told}")
+
+
+def _drawn(engine: Any, run: Callable[[], Any]) -> list[tuple[float, ...]]:
+    """Return what each module of a model draws in a pass, from every generator, after these were put anywhere."""
+    torch, drawn = _torch(), []
+    random.seed()
+    np.random.seed()
+    torch.seed()
+
+    def draw(*given: Any) -> None:
+        drawn.append((random.random(), float(np.random.random()), float(torch.rand(()))))
+
+    hooks = [module.register_forward_pre_hook(draw) for module in engine.module.modules()]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return drawn
 
 
 def _changes(before: Mapping[tuple[str, str], np.ndarray], after: Mapping[tuple[str, str], np.ndarray]) -> list[str]:

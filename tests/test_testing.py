@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -423,8 +424,19 @@ class AmnesiacEngine:
         return getattr(self.engine, name)
 
     def train_batch(self, microbatches: Any, *, lr: float) -> dict[str, float]:
+        if self.fault == "draws":
+            microbatches = [replace(microbatch, seed=random.randrange(2**31)) for microbatch in microbatches]
         found: dict[str, float] = self.engine.train_batch(microbatches, lr=0.0 if self.fault == "frozen" else lr)
+        if self.fault in ("spoilt", "counted") and not np.isfinite(found["loss"]):
+            self.spoil()
         return {"loss": found["loss"]} if self.fault == "metrics" else found
+
+    def spoil(self) -> None:
+        """Change a number of one moment, or nothing but how many updates the optimizer believes to have done."""
+        kept = {(name, part): np.copy(value) for name, part, value in self.engine.tensors()}
+        if self.fault == "spoilt":
+            next(value for (_, part), value in kept.items() if part == "exp_avg_sq").flat[0] += 1e-6
+        self.engine.load_tensors(lambda name, part: kept[name, part], step=100)
 
     def eval_batch(self, microbatch: Any, *, logits: bool) -> Any:
         loss, found = self.engine.eval_batch(microbatch, logits=logits)
@@ -460,6 +472,9 @@ def test_a_sound_engine_passes() -> None:
         ("moments", "leaves out moments"),
         ("weights only", "does not give back what tensors() gave"),
         ("step", "the steps after load_tensors() differ"),
+        ("spoilt", "must update nothing, it changes"),
+        ("counted", "which is left out, differ from others"),
+        ("draws", "draws other random numbers the second time"),
     ],
 )
 def test_an_engine_that_breaks_a_promise_is_named(fault: str, told: str) -> None:

@@ -87,10 +87,13 @@ def prepared(recipe: Recipe) -> Plan:
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[list[dict[str, Any]]]]:
     """Train recipes of one world size, one after the other, in one group of rank processes; return what each logged.
 
-    `on` is the number of ranks where the recipes have a range of them; `omitted` is a step that they do not do.
+    `on` is the number of ranks where the recipes have a range of them; `omitted` has for each a step that it does not
+    do, or 0.
     """
 
-    def run(recipes: Sequence[Recipe], *, on: int | None = None, omitted: int = 0) -> list[list[dict[str, Any]]]:
+    def run(
+        recipes: Sequence[Recipe], *, on: int | None = None, omitted: Sequence[int] | None = None
+    ) -> list[list[dict[str, Any]]]:
         directory = tmp_path_factory.mktemp("ranks")
         plans = [prepared(recipe) for recipe in recipes]
         plans = [plan.on(on) for plan in plans] if on else plans
@@ -99,7 +102,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[li
         for place, plan in enumerate(plans):
             paths.append(directory / f"{place:02}.json")
             paths[-1].write_text(json.dumps(plan.to_dict()))
-        _launch(world_size, directory / uuid.uuid4().hex, paths, omitted)
+        _launch(world_size, directory / uuid.uuid4().hex, paths, omitted or [0] * len(paths))
         return [[json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] for path in paths]
 
     return run
@@ -147,9 +150,9 @@ def run_workers(
         ray.shutdown()
 
 
-def _launch(world_size: int, rendezvous: Path, plans: Sequence[Path], omitted: int) -> None:
+def _launch(world_size: int, rendezvous: Path, plans: Sequence[Path], omitted: Sequence[int]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    environment["RAYTX_OMITTED"] = str(omitted)
+    environment["RAYTX_OMITTED"] = json.dumps(omitted)
     ranks = [
         subprocess.Popen(
             [sys.executable, str(RANK), str(rank), str(world_size), str(rendezvous), *map(str, plans)],

@@ -2,14 +2,16 @@
 
 python rank.py RANK WORLD_SIZE RENDEZVOUS_FILE PLAN.json...
 
-RAYTX_OMITTED names a step that is not done at all, as if its samples had never been there.
+RAYTX_OMITTED names for each plan a step that is not done at all, as if its samples had never been there, or 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,8 @@ def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
     from raytx.testing import FakeEntryPoint, installed
 
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    omit(worker, int(os.environ.get("RAYTX_OMITTED", 0)))
     with installed(FakeEntryPoint("raytx_unsteady", raytx_unsteady)):
-        for path in plans:
+        for path, omitted in zip(plans, json.loads(os.environ["RAYTX_OMITTED"]), strict=True):
             plan = Plan.from_dict(json.loads(Path(path).read_text()))
             log = Path(path).with_suffix(".jsonl").open("a")
             session = worker.Session(
@@ -41,19 +42,25 @@ def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
                 flush=lambda: None,
                 report=lambda metrics: None,
             )
-            worker.train(plan, session)
+            with omitting(omitted):
+                worker.train(plan, session)
     dist.barrier()
     os._exit(0)  # DeepSpeed's threads would keep the process for seconds
 
 
-def omit(worker: Any, omitted: int) -> None:
+@contextlib.contextmanager
+def omitting(omitted: int) -> Iterator[None]:
     """Let the loop pass over a step."""
-    step = worker._Loop.step
+    from raytx.worker import _Loop
+
+    step: Any = _Loop.step
 
     def passing(loop: Any, state: Any) -> Any:
         return replace(state, step=omitted) if state.step + 1 == omitted else step(loop, state)
 
-    worker._Loop.step = passing
+    _Loop.step = passing  # type: ignore[method-assign]
+    yield
+    _Loop.step = step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,7 +56,7 @@ class Moody:
     def task(self, directory: Path) -> Task:
         task: Task = self.model.task(directory)
         if self.config.noise:
-            task.__class__ = type("Hiding", (Hiding, type(task)), {})
+            task.collate = functools.partial(hiding, task.collate)  # type: ignore[method-assign]
         return task
 
     def structure(self, directory: Path, **options: Any) -> Any:
@@ -72,17 +73,15 @@ class Moody:
         return hidden * infinite[:, None, None]
 
 
-class Hiding:
-    """Hides a target of each sample, at places drawn from three generators."""
+def hiding(collate: Callable[[Sequence[Features]], Features], samples: Sequence[Features]) -> Features:
+    """Collate, and hide a target of each sample at places drawn from three generators."""
+    import torch
 
-    def collate(self, samples: Sequence[Features]) -> Features:
-        import torch
-
-        features = super().collate(samples)  # type: ignore[misc]
-        length = features["labels"].shape[1]
-        for draw in (random.random(), np.random.random(), torch.rand(()).item()):
-            features["labels"][:, int(draw * length)] = IGNORED
-        return features  # type: ignore[no-any-return]
+    features = collate(samples)
+    length = features["labels"].shape[1]
+    for draw in (random.random(), np.random.random(), torch.rand(()).item()):
+        features["labels"][:, int(draw * length)] = IGNORED
+    return features
 
 
 @hookimpl
