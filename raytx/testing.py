@@ -752,10 +752,10 @@ def _check_left_out(config: Any, bench: _Bench) -> None:
 
 def _check_draws(config: Any, bench: _Bench) -> None:
     """What a model draws while it is trained or evaluated must follow from the microbatch's seed alone."""
-    microbatch = bench.batches.microbatches(0)[0]
+    microbatches = bench.batches.microbatches(0)  # made beforehand: collating seeds too
     passes: dict[str, Callable[[], Any]] = {
-        "train_batch": lambda: bench.engine.train_batch([microbatch, *bench.batches.microbatches(0)[1:]], lr=0.0),
-        "eval_batch": lambda: bench.engine.eval_batch(microbatch, logits=False),
+        "train_batch": lambda: bench.engine.train_batch(microbatches, lr=0.0),
+        "eval_batch": lambda: bench.engine.eval_batch(microbatches[0], logits=False),
     }
     for name, run in passes.items():
         one, other = _drawn(bench.engine, run), _drawn(bench.engine, run)
@@ -765,7 +765,8 @@ def _check_draws(config: Any, bench: _Bench) -> None:
 
 def _drawn(engine: Any, run: Callable[[], Any]) -> list[tuple[float, ...]]:
     """Return what each module of a model draws in a pass, from every generator, after these were put anywhere."""
-    torch, drawn = _torch(), []
+    torch = _torch()
+    drawn: list[tuple[float, ...]] = []
     random.seed()
     np.random.seed()
     torch.seed()
