@@ -300,16 +300,23 @@ def _set_aside(directory: Path) -> None:
 
 def damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     """Return what is wrong with a checkpoint directory, or None; `share` is as `disagreements` has it."""
+    return "; ".join(flaws(directory, share=share)) or None
+
+
+def flaws(
+    directory: Path, *, share: tuple[int, int] = (0, 1), advance: Callable[[int], object] = int
+) -> list[str]:
+    """Return what is wrong with a checkpoint directory, each "<file>: <reason>"; `advance` is told the bytes read."""
     try:
         manifest = read_json(directory / MANIFEST)
         if manifest["format"] != FORMAT:
-            return f"{MANIFEST}: format {manifest['format']!r}, this raytx reads {FORMAT}"
+            return [f"{MANIFEST}: format {manifest['format']!r}, this raytx reads {FORMAT}"]
         files = read_sealed(directory / MANIFEST)["files"]
-        return "; ".join(disagreements(directory, files, manifest=MANIFEST, share=share)) or None
+        return disagreements(directory, files, manifest=MANIFEST, share=share, advance=advance)
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name}: missing"
+        return [f"{Path(error.filename).name}: missing"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"
+        return [f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"]
 
 
 def load(directory: str | Path) -> Checkpoint:

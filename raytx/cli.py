@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 """What storage says that is full, read-only or somebody else's: the user's to mend."""
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 ADDRESS = click.option("--address", help="Ray cluster to join; a local one is started when it is left out.")
+STORAGE = click.option("--storage-path", help="Where runs are looked up by name; ~/raytx-runs if left out.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 VERBOSE = click.option("--verbose", is_flag=True, help="Let Ray's and DeepSpeed's own output through.")
 
 
@@ -217,7 +219,7 @@ def export(checkpoint: str) -> None:
         from raytx.run import lock
 
         source = load(checkpoint).directory
-        with lock(source.parent.parent):
+        with lock(source.parent.parent, doing="exporting"):
             exported = run(source)
     exported.show(console)
 
@@ -371,6 +373,96 @@ def _show_component(described: dict[str, Any]) -> None:
         default = "required" if one.get("required") else json.dumps(one.get("default"))
         table.add_row(one["name"], _escape(str(one["type"])), _escape(default), _escape(one.get("description") or ""))
     console.print(table)
+
+
+@commands.group()
+def runs() -> None:
+    """What has been trained: runs and searches, listed, told in full, compared and verified. Changes nothing."""
+
+
+@runs.command("list")
+@click.argument("storage_paths", nargs=-1, metavar="[STORAGE_PATH]...")
+@AS_JSON
+def list_(storage_paths: tuple[str, ...], as_json: bool) -> None:
+    """List the runs below STORAGE_PATH, ~/raytx-runs if left out, or the trials of a search's directory."""
+    from raytx.listing import as_json as dumped
+    from raytx.listing import show_list
+    from raytx.runs import default_storage, list_runs
+
+    found = list_runs(*storage_paths)
+    if as_json:
+        click.echo(dumped(found))
+    else:
+        show_list(found, _console(), where=", ".join(storage_paths) or str(default_storage()))
+
+
+@runs.command("show")
+@click.argument("run")
+@STORAGE
+@AS_JSON
+def show_(run: str, storage_path: str | None, as_json: bool) -> None:
+    """Tell all of RUN, a directory or a name: plan, attempts, checkpoints, artifacts and what came of what."""
+    from raytx.listing import as_json as dumped
+    from raytx.listing import show_details
+    from raytx.runs import details, find
+
+    found = details(find(run, storage_path))
+    click.echo(dumped(found)) if as_json else show_details(found, _console())
+
+
+@runs.command()
+@click.argument("run_a")
+@click.argument("run_b")
+@STORAGE
+@AS_JSON
+def diff(run_a: str, run_b: str, storage_path: str | None, as_json: bool) -> None:
+    """Show in what RUN_A and RUN_B differ: recipe, data, software, results."""
+    from raytx.listing import as_json as dumped
+    from raytx.listing import show_comparison
+    from raytx.runs import compare, find
+
+    found = compare(find(run_a, storage_path), find(run_b, storage_path))
+    click.echo(dumped(found)) if as_json else show_comparison(found, _console())
+
+
+@runs.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.option("--replay", is_flag=True, help="Load every artifact and hold it to its golden outputs.")
+@STORAGE
+@AS_JSON
+def verify(names: tuple[str, ...], replay: bool, storage_path: str | None, as_json: bool) -> None:
+    """Check every hash, lineage and journal of each RUN, of all runs if none is named; exit code 2 if any is wrong."""
+    from raytx.listing import as_json as dumped
+    from raytx.listing import show_verdict
+    from raytx.runs import everything, find
+    from raytx.verify import hashed_bytes, verifiable
+    from raytx.verify import verify as look
+
+    named = [find(name, storage_path) for name in names] if names else everything(storage_path)
+    run_dirs = [run_dir for path in named for run_dir in verifiable(path)]
+    console, verdicts, known = _console(), [], {}  # type: ignore[var-annotated]
+    with _hashing(console, hashed_bytes(run_dirs), quiet=as_json) as advance:
+        for run_dir in run_dirs:
+            verdicts.append(look(run_dir, replay=replay, advance=advance, known=known))
+            if not as_json:
+                show_verdict(verdicts[-1], console)
+    if as_json:
+        click.echo(dumped(verdicts))
+    elif not run_dirs:
+        console.print("there are no runs", highlight=False)
+    sys.exit(2 if any(verdict.problems for verdict in verdicts) else 0)
+
+
+@contextlib.contextmanager
+def _hashing(console: Console, total: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """Show how many of the bytes have been looked at, where there is a terminal to show it on."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        bar = progress.add_task("verifying", total=total)
+        yield lambda count: progress.advance(bar, count)
 
 
 @commands.command()

@@ -47,6 +47,10 @@ class ArtifactError(RaytxError):
     """An artifact is incomplete, damaged or disagrees with its golden outputs."""
 
 
+class RunError(RaytxError):
+    """A run that is asked for is not there, or has not left what is asked of it."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest known word, or an empty string when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

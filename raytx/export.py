@@ -192,10 +192,18 @@ def _lineage(config: ExportConfig, source: Checkpoint, plan: Plan) -> dict[str, 
 
 
 def _made_of(config: ExportConfig, source: Checkpoint, plan: Plan) -> str:
+    return made_of(
+        source.manifest,
+        plugins=plan.plugins,
+        exporter=config.model_dump(mode="json"),
+        compression=[step.model_dump(mode="json") for step in plan.recipe.compression],
+        serving=plan.recipe.serving.model_dump(mode="json"),
+    )
+
+
+def made_of(manifest: Any, *, plugins: Any, exporter: Any, compression: Any, serving: Any) -> str:
     """Return a name for all that an artifact follows from; the same name means the same artifact."""
-    compression = [step.model_dump(mode="json") for step in plan.recipe.compression]
-    serving = plan.recipe.serving.model_dump(mode="json")
-    return digest([source.manifest, plan.plugins, config.model_dump(mode="json"), compression, serving])
+    return digest([manifest, plugins, exporter, compression, serving])
 
 
 def _held_out(plan: Plan) -> Samples | None:

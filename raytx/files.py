@@ -154,19 +154,28 @@ def walk(directory: Path) -> Iterator[Path]:
 
 
 def disagreements(
-    directory: Path, files: Mapping[str, Mapping[str, Any]], *, manifest: str, share: tuple[int, int] = (0, 1)
+    directory: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    manifest: str,
+    share: tuple[int, int] = (0, 1),
+    advance: Callable[[int], object] = int,
 ) -> list[str]:
     """Return one line per file that is missing, of another size or hash than an inventory says, or not in it at all.
 
     The manifest that holds the inventory is the one file that it does not list. `share` (n, of) is for readers who
     divide the work: each hashes every of-th file, beginning with its own number, and the first looks for strange ones.
+    `advance` is told the bytes of each file that has been looked at.
     """
     first, readers = share
     listed = {*files, manifest}
     there = walk(directory) if first == 0 else ()
     found = [f"{n}: not in the manifest" for p in there if (n := str(p.relative_to(directory))) not in listed]
-    mine = {name: _disagreement(directory / name, files[name]) for name in sorted(files)[first::readers]}
-    return found + [f"{name}: {problem}" for name, problem in mine.items() if problem]
+    for name in sorted(files)[first::readers]:
+        if problem := _disagreement(directory / name, files[name]):
+            found.append(f"{name}: {problem}")
+        advance(files[name]["bytes"])
+    return found
 
 
 def _disagreement(path: Path, wanted: Mapping[str, Any]) -> str | None:

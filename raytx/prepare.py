@@ -20,12 +20,14 @@ from rich.status import Status
 from raytx import __version__
 from raytx.components import Model, Source
 from raytx.errors import DataError
-from raytx.files import digest, read_json, write_json
+from raytx.files import digest, inventory, read_json, write_json
 from raytx.plan import Plan
 from raytx.registry import registry
 from raytx.tasks.base import Features, Row, Task
 
 META = "prepared.json"
+MANIFEST = "manifest.json"
+"""Size and hash of every other file of prepared data."""
 BATCH = 1000
 REJECTED_SHOWN = 20
 
@@ -134,6 +136,7 @@ def _make(plan: Plan, source: Source, directory: Path, console: Console) -> None
         task = model.task(staging / "processor")
         meta = _encode(task, source, staging, console)
         write_json(staging / META, meta)
+        write_json(staging / MANIFEST, {"files": inventory(staging)})
         if not (directory / META).is_file():  # another process may have been first; its result is the same
             shutil.rmtree(directory, ignore_errors=True)
             staging.rename(directory)

@@ -7,18 +7,26 @@ import fcntl
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
+from raytx import status
 from raytx.errors import DataError, RecipeError, ResourceError
 from raytx.files import read_json, write_json, write_text
 from raytx.plan import Plan, identity
 
 PLAN = "plan.json"
+TRIALS = "trials"
+"""Directory of a search that holds a run for each trial."""
+OUTCOME = "trial.json"
+"""What a trial has come to, in its run directory."""
+LOCK_WAIT_S = 0.5
+"""Who looks whether a run is in use holds its lock for an instant."""
 PACKAGES = (
     "raytx", "ray", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers", "safetensors", "numpy",
     "onnx", "onnxruntime", "pydantic",
@@ -28,31 +36,47 @@ PACKAGES = (
 @contextlib.contextmanager
 def own(plan: Plan) -> Iterator[Path]:
     """Hold a plan's run directory; refuse a second owner and a plan that learns something else."""
-    with lock(plan.run_dir):
+    with lock(plan.run_dir, doing="training"):
         check_same(plan)
-        yield plan.run_dir
+        with status.recorded(plan.run_dir, "training"):
+            yield plan.run_dir
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
+def lock(run_dir: Path, *, doing: str) -> Iterator[None]:
     """Hold a run's directory for as long as this process lives, making it where it is missing.
 
     The lock is the kernel's, so it is gone with its owner however that ends.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "a+")  # noqa: SIM115  held until the process or the block ends
+        file = open(run_dir / status.LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held until the block or process ends
     except OSError as error:
         raise ResourceError(f"storage_path: cannot write {run_dir}: {error.strerror}") from None
     with file:
+        if not _locked(file):
+            owner = status.holder(run_dir)
+            who = f" ({owner['doing']}, pid {owner['pid']} on {owner['host']})" if owner else ""
+            raise ResourceError(
+                f"run {run_dir.name!r} is in use by another process{who}, as {run_dir} is locked. Wait for it, or give "
+                "this one another name"
+            )
+        status.claim(file, doing)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file, trying for a moment; tell whether it is ours."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResourceError(
-                f"run {run_dir.name!r} is in use by another process, as {run_dir} is locked. Wait for it, or give this "
-                "one another name"
-            ) from None
-        yield
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
 
 
 def record(plan: Plan) -> None:
@@ -66,7 +90,7 @@ def record(plan: Plan) -> None:
 
 def check_same(plan: Plan) -> None:
     """Raise RecipeError naming the keys, when the run that lives in this directory learns something else."""
-    if (plan.run_dir / "trials").is_dir():
+    if (plan.run_dir / TRIALS).is_dir():
         raise RecipeError(f"{plan.recipe.name!r} in {plan.run_dir} is a search; give the run another name (name=...)")
     if (earlier := _earlier(plan)) is None:
         return

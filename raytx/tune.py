@@ -40,7 +40,8 @@ from raytx.files import digest, read_json, write_json, write_text
 from raytx.plan import resolve
 from raytx.prepare import prepare
 from raytx.recipe import Recipe, load, parse
-from raytx.run import PLAN, differences, lock
+from raytx.run import OUTCOME, PLAN, TRIALS, differences, lock
+from raytx.status import recorded
 
 SAMPLERS = {
     "uniform": "[low, high]",
@@ -50,7 +51,6 @@ SAMPLERS = {
     "choice": "a list of values",
     "grid": "a list of values, every one tried",
 }
-OUTCOME = "trial.json"
 UNBOUNDED = 10**9
 """Steps beyond any run: asha is to stop weak trials, never to cut one that is about to end."""
 
@@ -104,7 +104,7 @@ def tune(
     search = Search(recipe)
     search.check()
     if (done := search.read()) is None:
-        with lock(search.directory):
+        with lock(search.directory, doing="searching"), recorded(search.directory, "searching"):
             cluster.connect(address, verbose=verbose)
             with _quiet(verbose=verbose):
                 done = search.run(console)
@@ -122,7 +122,7 @@ class Search:
             raise RecipeError("search: must be given, with a space such as {optim.lr: {loguniform: [1.0e-5, 1.0e-3]}}")
         self.recipe, self.search = recipe, recipe.search
         self.directory = Path(recipe.storage_path).expanduser().absolute() / recipe.name
-        self.trials_dir = self.directory / "trials"
+        self.trials_dir = self.directory / TRIALS
         self.plan = resolve(trial_recipe(recipe, {}, "prepare", self.trials_dir)).fixed()
         self.metric, self.mode = self.plan.metric, self.plan.metric_mode
 
