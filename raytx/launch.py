@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,7 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.backend import Backend, BackendConfig
 from rich.console import Console
 
-from raytx import cluster, ray_internals
+from raytx import cluster, ray_internals, status
 from raytx.elastic import RESIZE_INTERVAL_S, START_TIMEOUT_S, BeforeResize, make_elastic
 from raytx.errors import RaytxError, StoppedError, TrainingError
 from raytx.journal import Display
@@ -44,7 +45,7 @@ def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Conso
     supervisor = Supervisor.remote(_settings(plan))  # type: ignore[attr-defined]
     if cluster.started_here():  # libraries load while Ray Train starts
         supervisor.warm.remote(ray.get_runtime_context().get_node_id())
-    with Display(total_steps=plan.steps, console=console) as display, _relayed(supervisor, display):
+    with Display(total_steps=plan.steps, console=console) as display, _relayed(supervisor, display, plan.run_dir):
         end, number = _interruptible(lambda: _fit(_trainer(plan, supervisor, callbacks)), supervisor, console)
     _judge(end, plan, number)
 
@@ -200,8 +201,8 @@ def _gist(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _relayed(supervisor: Any, display: Display) -> Iterator[None]:
-    """Show the supervisor's records while the block runs, and what is left at its end."""
+def _relayed(supervisor: Any, display: Display, run_dir: Path) -> Iterator[None]:
+    """Show the supervisor's records while the block runs, and what is left at its end; remarks stay on record."""
     done = threading.Event()
 
     def relay() -> None:
@@ -212,6 +213,8 @@ def _relayed(supervisor: Any, display: Display) -> Iterator[None]:
     def show(records: list[Record]) -> None:
         for record in records:
             display.show(record)
+            if record["kind"] == "remark":
+                status.remark(run_dir, record["text"])
 
     thread = threading.Thread(target=relay, name="raytx-journal", daemon=True)
     thread.start()

@@ -159,7 +159,7 @@ def _attempts(attempts: Sequence[Record]) -> Table:
     for place, one in enumerate(attempts):
         last = place == len(attempts) - 1
         known = one["since"] is not None and one["until"] is not None
-        told = "; ".join(dict.fromkeys(one["remarks"])) or ("" if last else "ended without a word: killed, or stopped")
+        told = "; ".join(one["told"]) or ("" if last else "ended without a word")
         table.add_row(
             one["kind"],
             f"{one['from']:,} - {one['to']:,}",
@@ -179,19 +179,12 @@ def _nodes(attempt: Record) -> str:
 
 
 def _turns(turns: Sequence[Record]) -> Table:
-    table = _table("command", "at", "by", ">for", "ended")
+    table = _table("command", "at", "by", ">for", "outcome")
     for turn in turns:
-        ended, error = turn.get("ended"), turn.get("error")
-        how = (error or "well") if ended else "not yet, or by a kill"
-        table.add_row(
-            escape(f"{turn.get('command', '')} ({turn.get('doing', '')})"),
-            when(turn.get("started")),
-            f"pid {turn.get('pid')} on {turn.get('host')}",
-            duration(ended - turn["started"]) if ended else "-",
-            escape(how),
-        )
-        for remark in turn.get("remarks", []):
-            table.add_row("", when(remark["time"]), "", "", escape(remark["text"]))
+        lasted = duration(turn["ended"] - turn["started"]) if turn.get("ended") else "-"
+        by = f"pid {turn.get('pid')} on {turn.get('host')}"
+        outcome = escape(turn["outcome"])
+        table.add_row(escape(f"{turn.get('command')}"), when(turn.get("started")), escape(by), lasted, outcome)
     return table
 
 
@@ -276,14 +269,19 @@ def _value(value: Any) -> str:
 def show_verdict(verdict: Verdict, console: Console) -> None:
     """Print a run's verdict: a line for the run, one for each problem, one for each note."""
     name = escape(verdict.directory)
-    looked = f"{verdict.checkpoints} checkpoints, {verdict.artifacts} artifacts, {verdict.steps:,} steps"
+    counts = {"checkpoint": verdict.checkpoints, "artifact": verdict.artifacts, "step": verdict.steps}
+    looked = ", ".join(_counted(word, count) for word, count in counts.items())
     wrong = len(verdict.problems)
-    mark = f"[bold red]{wrong} problem{'s' if wrong > 1 else ''}[/]" if wrong else "[green]ok[/]"
+    mark = f"[bold red]{_counted('problem', wrong)}[/]" if wrong else "[green]ok[/]"
     console.print(f"{mark}  {name}  [dim]{looked}[/]", highlight=False, soft_wrap=True)
     for finding in verdict.problems:
         console.print(f"  [red]{escape(str(finding))}[/]", highlight=False, soft_wrap=True)
     for finding in verdict.notes:
         console.print(f"  [yellow]note[/] {escape(str(finding))}", highlight=False, soft_wrap=True)
+
+
+def _counted(word: str, count: int) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces

@@ -174,7 +174,7 @@ def _state(run_dir: Path, *, done: bool, at: float) -> tuple[State, str]:
     """Return a run's state and what there is to say of it: the lock decides, then how its last turn ended."""
     if (owner := status.holder(run_dir)) is not None:
         doing = "" if owner.get("doing") in (None, "training") else f"{owner['doing']}, "
-        return "running", f"{doing}pid {owner['pid']} on {owner['host']}" if owner else ""
+        return "running", f"{doing}pid {owner.get('pid')} on {owner.get('host')}" if owner else ""
     turn = next(reversed(status.turns(run_dir)), {})
     error = turn.get("error")
     if turn and "ended" not in turn and not status.here(turn) and time.time() - at < FRESH_S:
@@ -250,8 +250,8 @@ def details(run_dir: Path) -> Record:
     return {
         "summary": asdict(summary(run_dir)),
         "plan": _told(brief, plan) or {},
-        "attempts": _told(attempts, rows(run_dir / METRICS)) or [],
-        "turns": status.turns(run_dir),
+        "attempts": _told(attempts, rows(run_dir / METRICS), status.turns(run_dir)) or [],
+        "turns": _turns(run_dir),
         "checkpoints": _told(_kept, saved, plan) or saved,
         "artifacts": artifacts,
         "lineage": _told(lineage, run_dir, plan, artifacts) or [],
@@ -298,7 +298,7 @@ def brief(plan: Record) -> Record:
 
 def origin(component: Mapping[str, Any], *, seed: int | None = None) -> str:
     """Say where a model's weights or a source's rows come from, and what is put upon them."""
-    parts = [component["type"]]
+    parts = []
     if component.get("path"):
         parts.append(str(component["path"]))
     elif seed is not None:
@@ -307,11 +307,11 @@ def origin(component: Mapping[str, Any], *, seed: int | None = None) -> str:
         parts.append(f"at {component['revision']}")
     if adapter := component.get("adapter"):
         parts.append(f"with {adapter['type']} adapters on it")
-    return " ".join(parts)
+    return f"{component['type']}, {' '.join(parts)}" if parts else str(component["type"])
 
 
-def attempts(records: Iterable[Record]) -> list[Record]:
-    """Return each beginning and continuation: from where, on which nodes, how long, how far, and what was told of it.
+def attempts(records: Iterable[Record], turns: Sequence[status.Turn] = ()) -> list[Record]:
+    """Return each beginning and continuation: from where, on which nodes, how long, how far, and what ended it.
 
     A step that was done again belongs to the attempt that did it last, so earlier ones may look shorter than they were.
     """
@@ -327,23 +327,47 @@ def attempts(records: Iterable[Record]) -> list[Record]:
                 _fill(found[-1], record["nodes"])
             else:  # a first attempt is placed before it says that it has started
                 placed = record["nodes"]
-        if found and kind == "remark":
-            found[-1]["remarks"].append(record["text"])
         if found:
-            found[-1]["until"] = record.get("time", found[-1]["until"])
-            found[-1]["to"] = max(found[-1]["to"], record.get("step", 0))
+            _extend(found[-1], record)
+    for one, following in zip(found, [*found[1:], None], strict=True):
+        one["told"] = list(dict.fromkeys(one["told"] + _said_between(turns, one, following)))
     return found
 
 
 def _attempt(record: Record, nodes: Sequence[str]) -> Record:
     began: Record = {"kind": record["kind"], "from": record["step"], "to": record["step"], "since": record.get("time")}
-    began |= {"until": record.get("time"), "workers": None, "nodes": {}, "remarks": []}
+    began |= {"until": record.get("time"), "workers": None, "nodes": {}, "told": []}
     _fill(began, nodes)
     return began
 
 
 def _fill(attempt: Record, nodes: Sequence[str]) -> None:
     attempt |= {"workers": len(nodes) or None, "nodes": dict(Counter(nodes))}
+
+
+def _extend(attempt: Record, record: Record) -> None:
+    """Let an attempt last until a record of it."""
+    attempt["until"] = record.get("time", attempt["until"])
+    attempt["to"] = max(attempt["to"], record.get("step", 0))
+    if record.get("kind") == "remark":
+        attempt["told"].append(record["text"])
+
+
+def _said_between(turns: Sequence[status.Turn], one: Record, following: Record | None) -> list[str]:
+    """Return what commands were told, and failed with, from one attempt's beginning to the next one's."""
+    said = [(remark["time"], remark["text"]) for turn in turns for remark in turn.get("remarks", [])]
+    said += [(turn["ended"], gist(turn["error"])) for turn in turns if turn.get("error")]
+    until = following["since"] if following else math.inf
+    return [text for at, text in sorted(said) if one["since"] <= at < until]
+
+
+def _turns(run_dir: Path) -> list[status.Turn]:
+    """Return the commands at work on a run, each with its outcome: only the last can still be at it."""
+    found, held = status.turns(run_dir), status.holder(run_dir) is not None
+    for place, turn in enumerate(found, 1):
+        alive = held and place == len(found)
+        turn["outcome"] = (turn.get("error") or "done") if "ended" in turn else "at work" if alive else "killed"
+    return found
 
 
 def _checkpoint(directory: Path) -> Record:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from raytx.errors import StoppedError
 from raytx.files import read_json, write_json
 
 LOCK = ".lock"
@@ -67,7 +68,7 @@ def recorded(run_dir: Path, doing: str) -> Iterator[None]:
     _write(run_dir, [*turns(run_dir), _this(doing)])
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         _change(run_dir, ended=round(time.time(), 3), error=INTERRUPTED)
         raise
     except BaseException as error:

@@ -25,6 +25,7 @@ from raytx.prepare import Samples
 from raytx.run import OUTCOME, PLAN, TRIALS, differences
 from raytx.runs import UNREADABLE, directories
 
+LEDGER = "ledger.jsonl"
 STEPS_SHOWN = 5
 """Ranges of steps that one line names; a journal may miss thousands."""
 DONE = frozenset({"step", "nonfinite"})
@@ -223,24 +224,25 @@ def _records(run_dir: Path) -> list[Finding]:
 
 def _saves(run_dir: Path, saved: Sequence[Path], journal: Journal) -> list[Finding]:
     """Look for checkpoints that ought to be there: with a manifest, the best one, any at all."""
-    there = (path for path in run_dir.glob("checkpoints/step-*") if path.is_dir())
-    found = [Finding(str(p), f"has no {MANIFEST}") for p in there if p not in saved and not (p / MANIFEST).is_file()]
+    there = [path for path in run_dir.glob("checkpoints/step-*") if not (path / MANIFEST).is_file() and path.is_dir()]
+    found = [Finding(str(path), f"has no {MANIFEST}") for path in sorted(there)]
     if not saved and not found and any(row and row.get("kind") == "checkpoint" for row in journal):
         found.append(Finding(str(run_dir / "checkpoints"), f"is empty, though {METRICS} tells of checkpoints"))
+    saved = checkpoint.complete(run_dir)  # a run that goes on may have found a better one
     best = _best(saved[0]) if saved else None
-    if best is not None and not (run_dir / "checkpoints" / best).is_dir():
-        found.append(Finding(str(run_dir / "checkpoints" / best), "the best checkpoint is gone"))
+    if best and not best.is_dir() and checkpoint.complete(run_dir)[:1] == saved[:1]:
+        found.append(Finding(str(best), "the best checkpoint is gone"))
     return found
 
 
-def _best(newest: Path) -> str | None:
-    """Return the name of the best checkpoint, where the run keeps it and has not just gone on to others."""
+def _best(newest: Path) -> Path | None:
+    """Return the best checkpoint, where the run keeps it."""
     try:
         step = read_json(newest / "state.json")["best_step"]
-        keeps = read_json(newest / "plan.json")["recipe"]["save"]["keep"] == "best"
+        keeps = read_json(newest / PLAN)["recipe"]["save"]["keep"] == "best"
     except UNREADABLE:
         return None
-    return f"step-{step:08d}" if keeps and step is not None else None
+    return newest.with_name(f"step-{step:08d}") if keeps and step is not None else None
 
 
 def _leftovers(run_dir: Path) -> tuple[list[Finding], list[Finding]]:
@@ -308,11 +310,20 @@ def _spans(steps: Sequence[int]) -> str:
 
 def _ledger(run_dir: Path) -> list[Finding]:
     """Return what the audit of the sample ledger finds, where the run keeps one."""
-    path = run_dir / "ledger.jsonl"
-    if not path.is_file():
+    if not _keeps_ledger(run_dir):
         return []
     audit: Callable[[Path], list[str]] = importlib.import_module("raytx.ledger").audit
-    return [Finding(str(path), problem) for problem in audit(run_dir)]
+    try:
+        return [Finding(str(run_dir / LEDGER), problem) for problem in audit(run_dir)]
+    except UNREADABLE as error:
+        return [Finding(str(run_dir / LEDGER), f"cannot be audited ({type(error).__name__}: {error})")]
+
+
+def _keeps_ledger(run_dir: Path) -> bool:
+    try:
+        return bool(read_json(run_dir / PLAN)["recipe"]["train"].get("ledger"))
+    except UNREADABLE:
+        return (run_dir / LEDGER).is_file()
 
 
 # -------------------------------------------------------------------------------------------------- prepared data
