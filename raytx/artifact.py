@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from raytx import __version__
 from raytx.components import ExportConfig
 from raytx.errors import ArtifactError
-from raytx.files import disagreements, inventory, open_to_readers, read_json, sync_directory, write_json
+from raytx.files import digest, disagreements, inventory, open_to_readers, read_json, sync_directory, write_json
 from raytx.plan import check_plugins
 from raytx.registry import registry
 from raytx.tasks.base import Features, Request, Response, Runner, Task
@@ -91,13 +91,15 @@ class Artifact:
     labels: list[str] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
     """What compression and export measured."""
+    seal: str = ""
+    """Digest of all the above, as nothing else would notice damage to this file; older artifacts have none."""
 
 
 def publish(staging: Path, target: Path, artifact: Artifact) -> Path:
     """Complete a staged directory with its manifest and put it in place of the target, whole or not at all."""
     open_to_readers(staging)
     files = inventory(staging, exclude=frozenset({MANIFEST}))
-    write_json(staging / MANIFEST, asdict(artifact) | {"files": files})
+    write_json(staging / MANIFEST, sealed(asdict(artifact) | {"files": files}))
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():  # killed between the two renames below
         old.rename(target)
@@ -110,6 +112,11 @@ def publish(staging: Path, target: Path, artifact: Artifact) -> Path:
     return target
 
 
+def sealed(told: dict[str, Any]) -> dict[str, Any]:
+    """Return what artifact.json says together with its digest."""
+    return told | {"seal": digest({key: value for key, value in told.items() if key != "seal"})}
+
+
 def read(directory: str | Path, *, verify: bool = True) -> Artifact:
     """Read an artifact directory; raise ArtifactError when it is none, of another format, or was tampered with."""
     directory = Path(directory).expanduser()
@@ -117,11 +124,14 @@ def read(directory: str | Path, *, verify: bool = True) -> Artifact:
     if not path.is_file():
         raise ArtifactError(_not_an_artifact(directory))
     try:
-        artifact = Artifact(**read_json(path))
+        told = read_json(path)
+        artifact = Artifact(**told)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: not a valid manifest: {error}") from None
     if artifact.format != FORMAT:
         raise ArtifactError(f"{path}: format {artifact.format}, this raytx reads {FORMAT}")
+    if artifact.seal and told != sealed(told):
+        raise ArtifactError(f"{path}: not what was published: its own digest differs")
     if verify and (wrong := disagreements(directory, artifact.files, manifest=MANIFEST)):
         raise ArtifactError(f"{directory}: not what was published. " + "; ".join(wrong))
     return artifact

@@ -216,10 +216,10 @@ def export(checkpoint: str) -> None:
     with console.status("exporting and replaying golden outputs"):
         from raytx.checkpoint import load
         from raytx.export import export as run
-        from raytx.run import lock
+        from raytx.run import EXPORTING, at_work
 
         source = load(checkpoint).directory
-        with lock(source.parent.parent, doing="exporting"):
+        with at_work(source.parent.parent, EXPORTING):
             exported = run(source)
     exported.show(console)
 

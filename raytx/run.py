@@ -25,6 +25,8 @@ TRIALS = "trials"
 """Directory of a search that holds a run for each trial."""
 OUTCOME = "trial.json"
 """What a trial has come to, in its run directory."""
+TRAINING, SEARCHING, EXPORTING = "training", "searching", "exporting"
+"""What a process may be doing with a run that it holds."""
 LOCK_WAIT_S = 0.5
 """Who looks whether a run is in use holds its lock for an instant."""
 PACKAGES = (
@@ -36,10 +38,17 @@ PACKAGES = (
 @contextlib.contextmanager
 def own(plan: Plan) -> Iterator[Path]:
     """Hold a plan's run directory; refuse a second owner and a plan that learns something else."""
-    with lock(plan.run_dir, doing="training"):
+    with lock(plan.run_dir, doing=TRAINING):
         check_same(plan)
-        with status.recorded(plan.run_dir, "training"):
+        with status.recorded(plan.run_dir, TRAINING):
             yield plan.run_dir
+
+
+@contextlib.contextmanager
+def at_work(run_dir: Path, doing: str) -> Iterator[None]:
+    """Hold a run's directory and record how what is done there ends."""
+    with lock(run_dir, doing=doing), status.recorded(run_dir, doing):
+        yield
 
 
 @contextlib.contextmanager

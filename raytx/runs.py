@@ -27,7 +27,7 @@ from raytx.journal import FRESH, METRICS, rows
 from raytx.layout import Layout
 from raytx.plan import identity
 from raytx.recipe import Recipe
-from raytx.run import OUTCOME, PLAN, TRIALS, differences
+from raytx.run import EXPORTING, OUTCOME, PLAN, TRIALS, differences
 
 State = Literal["running", "finished", "stopped", "failed", "broken"]
 Record = dict[str, Any]
@@ -141,13 +141,13 @@ def summary(run_dir: Path) -> Summary:
 
 def _run(run_dir: Path) -> Summary:
     newest = next(iter(checkpoint.complete(run_dir)), None)
-    saved: Record = _read(newest / "state.json") if newest else {}
+    saved: Record = _read(newest / "state.json") if newest else {"step": None}
     plan = _read(run_dir / PLAN) or (_read(newest / PLAN) if newest else {})
     tail = _tail(run_dir / METRICS)
     metric = plan.get("metric")
-    step = max([row["step"] for row in tail if row.get("kind") == "step"], default=saved.get("step"))
+    step = max([row["step"] for row in tail if row.get("kind") == "step"], default=saved["step"])
     best = saved if saved.get("metric") == f"{metric} {plan.get('metric_mode')}" else {}  # it may be of another metric
-    done = step is not None and saved.get("step") == plan.get("steps")
+    done = step is not None and saved["step"] == plan.get("steps")
     active = _active(run_dir)
     state, detail = _state(run_dir, done=done, at=active)
     return Summary(
@@ -155,10 +155,10 @@ def _run(run_dir: Path) -> Summary:
         directory=str(run_dir),
         kind="run",
         state=state,
-        detail=detail or _place(state, step, saved.get("step")),
+        detail=detail or _place(state, step, saved["step"]),
         step=step,
         steps=plan.get("steps"),
-        saved=saved.get("step"),
+        saved=saved["step"],
         metric=metric,
         last=_last([saved.get("metrics", {}) | {"kind": "eval"}, *tail], metric),
         best=best.get("best"),
@@ -175,7 +175,8 @@ def _state(run_dir: Path, *, done: bool, at: float) -> tuple[State, str]:
     if (owner := status.holder(run_dir)) is not None:
         doing = "" if owner.get("doing") in (None, "training") else f"{owner['doing']}, "
         return "running", f"{doing}pid {owner.get('pid')} on {owner.get('host')}" if owner else ""
-    turn = next(reversed(status.turns(run_dir)), {})
+    turns = [turn for turn in status.turns(run_dir) if done or turn.get("doing") != EXPORTING]
+    turn = turns[-1] if turns else {}
     error = turn.get("error")
     if turn and "ended" not in turn and not status.here(turn) and time.time() - at < FRESH_S:
         return "running", f"pid {turn.get('pid')} on {turn.get('host')}, by what it writes"
@@ -561,6 +562,8 @@ def _active(run_dir: Path) -> float:
 
 
 def _gist(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"something holds no {error}"
     return str(error) if isinstance(error, ValueError | RaytxError) else f"{type(error).__name__}: {error}"
 
 

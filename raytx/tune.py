@@ -40,8 +40,7 @@ from raytx.files import digest, read_json, write_json, write_text
 from raytx.plan import resolve
 from raytx.prepare import prepare
 from raytx.recipe import Recipe, load, parse
-from raytx.run import OUTCOME, PLAN, TRIALS, differences, lock
-from raytx.status import recorded
+from raytx.run import OUTCOME, PLAN, SEARCHING, TRIALS, at_work, differences
 
 SAMPLERS = {
     "uniform": "[low, high]",
@@ -104,7 +103,7 @@ def tune(
     search = Search(recipe)
     search.check()
     if (done := search.read()) is None:
-        with lock(search.directory, doing="searching"), recorded(search.directory, "searching"):
+        with at_work(search.directory, SEARCHING):
             cluster.connect(address, verbose=verbose)
             with _quiet(verbose=verbose):
                 done = search.run(console)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from raytx import checkpoint, prepare, status
-from raytx.artifact import FORMAT, open_artifact
 from raytx.artifact import MANIFEST as ARTIFACT
+from raytx.artifact import Artifact, open_artifact, read
 from raytx.checkpoint import MANIFEST
+from raytx.errors import ArtifactError
 from raytx.export import made_of
 from raytx.files import disagreements, read_json
 from raytx.journal import METRICS
@@ -84,8 +85,8 @@ def verify(
     problems += [*_records(run_dir), *_saves(run_dir, saved, journal), *_journal(run_dir, saved, journal)]
     problems += [*_ledger(run_dir), *wrong, *damaged]
     if replay:
-        refused = {Path(finding.file).parent for finding in problems}
-        problems += [finding for path in artifacts if path not in refused for finding in _replay(path)]
+        sound = [path for path in artifacts if not any(Path(found.file).is_relative_to(path) for found in problems)]
+        problems += [finding for path in sound for finding in _steady(_replay, path, advance)]
     return Verdict(
         directory=str(run_dir),
         problems=[_below(finding, run_dir) for finding in problems],
@@ -152,9 +153,9 @@ def _checkpoint(directory: Path, advance: Advance) -> list[Finding]:
     if flaws := checkpoint.flaws(directory, advance=advance):
         return [_flaw(directory, flaw) for flaw in flaws]
     found = []
-    step = read_json(directory / "state.json")["step"]
-    if not directory.name.endswith(f"-{step:08d}"):
-        found.append(Finding(str(directory), f"is named otherwise than its step, {step}"))
+    for file in (MANIFEST, "state.json"):
+        if (step := read_json(directory / file).get("step")) != int(directory.name.rpartition("-")[2]):
+            found.append(Finding(str(directory / file), f"is of step {step}"))
     plan = directory.parent.parent / PLAN
     if plan.is_file() and (changed := _other_identity(plan, directory / "plan.json")):
         found.append(Finding(str(directory), f"was trained by another plan than the run's ({', '.join(changed)})"))
@@ -175,30 +176,30 @@ def _flaw(directory: Path, flaw: str) -> Finding:
 
 def _artifact(directory: Path, advance: Advance) -> list[Finding]:
     """Hold an artifact to its manifest and to the checkpoint that it says it is made of."""
+    manifest = directory / ARTIFACT
     try:
-        manifest = read_json(directory / ARTIFACT)
-        wrong = disagreements(directory, manifest["files"], manifest=ARTIFACT, advance=advance)
-        stale = _another_origin(directory, manifest)
+        artifact = read(directory, verify=False)
+        wrong = disagreements(directory, artifact.files, manifest=ARTIFACT, advance=advance)
+        return [_flaw(directory, flaw) for flaw in wrong] + _another_origin(directory, artifact)
+    except ArtifactError as error:
+        return [Finding(str(manifest), str(error).removeprefix(f"{manifest}: "))]
     except UNREADABLE as error:
-        return [Finding(str(directory / ARTIFACT), f"cannot be read ({type(error).__name__}: {error})")]
-    if manifest.get("format") != FORMAT:
-        return [Finding(str(directory / ARTIFACT), f"format {manifest.get('format')!r}, this raytx reads {FORMAT}")]
-    return [_flaw(directory, flaw) for flaw in wrong] + stale
+        return [Finding(str(manifest), f"cannot be read ({type(error).__name__}: {error})")]
 
 
-def _another_origin(directory: Path, manifest: dict[str, Any]) -> list[Finding]:
+def _another_origin(directory: Path, artifact: Artifact) -> list[Finding]:
     """Tell when the checkpoint that an artifact names is there, but is not the one that it was made of."""
-    lineage = manifest["lineage"]
+    lineage = artifact.lineage
     source = directory.parent.parent / "checkpoints" / lineage["checkpoint"] / MANIFEST
     if not source.is_file():
         return []  # retention may have removed it since
-    parts = {key: manifest[key] for key in ("plugins", "exporter", "compression")}
-    if lineage["made_of"] == made_of(read_json(source), **parts, serving=lineage["recipe"]["serving"]):
+    made = {"plugins": artifact.plugins, "exporter": artifact.exporter, "compression": artifact.compression}
+    if lineage["made_of"] == made_of(read_json(source), **made, serving=lineage["recipe"]["serving"]):
         return []
     return [Finding(str(directory), f"was made of another {lineage['checkpoint']} than the one that is there")]
 
 
-def _replay(directory: Path) -> list[Finding]:
+def _replay(directory: Path, _: Advance) -> list[Finding]:
     try:
         open_artifact(directory)
     except Exception as error:  # a plugin's loader may raise anything; whatever it is, this does not serve

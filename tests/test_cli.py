@@ -225,3 +225,35 @@ def test_help_and_plugins_need_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_runs_are_listed_shown_compared_and_verified(raytx, make_run):
+    runs = make_run("one").parent
+    make_run("two", optim__lr=0.1)
+    code, text = raytx("runs", "list", runs, "--json")
+    assert (code, {run["name"]: run["state"] for run in json.loads(text)}) == (
+        0,
+        {"one": "finished", "two": "finished"},
+    )
+    code, text = raytx("runs", "show", "one", "--storage-path", runs, "--json")
+    assert (code, json.loads(text)["summary"]["name"]) == (0, "one")
+    code, text = raytx("runs", "diff", "one", "two", "--storage-path", runs)
+    assert code == 0
+    assert "optim.lr *" in text
+    assert raytx("runs", "verify", "--storage-path", runs)[0] == 0
+
+
+def test_verify_ends_with_2_and_a_line_for_each_problem(raytx, make_run):
+    runs = make_run("one").parent
+    (make_run("two") / "artifacts" / "hf" / "model.safetensors").unlink()
+    code, text = raytx("runs", "verify", "--storage-path", runs)
+    assert code == 2
+    assert "  artifacts/hf/model.safetensors: missing\n" in text
+    assert raytx("runs", "verify", runs / "one")[0] == 0
+    code, text = raytx("runs", "verify", "two", "--storage-path", runs, "--json")
+    assert (code, [len(verdict["problems"]) for verdict in json.loads(text)]) == (2, [1])
+
+
+def test_a_run_that_is_not_there_names_the_nearest(raytx, make_run):
+    runs = make_run("quickstart").parent
+    refused(raytx("runs", "show", "quikstart", "--storage-path", runs), "no run 'quikstart'", "'quickstart'?")

@@ -142,9 +142,17 @@ def test_an_artifact_whose_answers_changed_is_refused(artifacts, tmp_path):
     from raytx.files import inventory
 
     manifest["files"] = inventory(copy, exclude=frozenset({"artifact.json"}))
-    write_json(copy / "artifact.json", manifest)
+    write_json(copy / "artifact.json", artifact.sealed(manifest))
     with pytest.raises(ArtifactError, match="max_difference"):
         open_artifact(copy)
+
+
+def test_a_manifest_that_was_changed_is_refused(artifacts, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts["hf"], copy)
+    write_json(copy / "artifact.json", read_json(copy / "artifact.json") | {"labels": ["other"]})
+    with pytest.raises(ArtifactError, match="its own digest differs"):
+        artifact.read(copy, verify=False)
 
 
 def test_compression_is_measured_and_its_form_held_to_the_compressed_model(recipe):
