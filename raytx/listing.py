@@ -67,7 +67,7 @@ def _line(one: Summary) -> list[Text | str]:
         "-" if one.last is None else f"{one.metric} {number(one.last)}",
         "-" if one.best is None else f"{one.metric} {number(one.best)}" if one.kind == "search" else number(one.best),
         f"{one.strategy} x {one.workers}" if one.strategy else "-",
-        age(one.active),
+        f"{age(one.active)} ago" if one.active else "-",
         size_text(one.bytes),
     ]
 

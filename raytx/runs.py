@@ -155,7 +155,7 @@ def _run(run_dir: Path) -> Summary:
         directory=str(run_dir),
         kind="run",
         state=state,
-        detail=detail or _place(state, step, saved["step"]),
+        detail="; ".join(part for part in (detail, _place(state, step, saved["step"])) if part),
         step=step,
         steps=plan.get("steps"),
         saved=saved["step"],
@@ -184,14 +184,15 @@ def _state(run_dir: Path, *, done: bool, at: float) -> tuple[State, str]:
         return "finished", f"its last command failed: {gist(error)}" if error and error != status.INTERRUPTED else ""
     if error and error != status.INTERRUPTED:
         return "failed", gist(error)
-    return "stopped", ""
+    killed = bool(turn) and "ended" not in turn
+    return "stopped", "killed" if killed else error or ""
 
 
 def _place(state: State, step: int | None, saved: int | None) -> str:
     """Say where a run that ended early would go on."""
-    if state != "stopped" or not step:
+    if state not in ("stopped", "failed") or not step:
         return ""
-    return f"goes on from step {saved}" if saved else "goes on from the beginning: nothing was saved"
+    return f"goes on from step {saved:,}" if saved else "goes on from the beginning: nothing was saved"
 
 
 def _search(run_dir: Path) -> Summary:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_a_run_that_was_cut_short_says_where_it_goes_on(make_run: MakeRun) -> No
 def test_a_failed_run_says_why_in_a_line_until_a_command_ends_well(make_run: MakeRun) -> None:
     run_dir = make_run(done=6, saved=(4,), artifact=False)
     attempt(run_dir, TrainingError("step 6: loss nan\nmore words"))
-    assert (summary(run_dir).state, summary(run_dir).detail) == ("failed", "step 6: loss nan")
+    assert (summary(run_dir).state, summary(run_dir).detail) == ("failed", "step 6: loss nan; goes on from step 4")
     with run.at_work(run_dir, "exporting"):
         pass  # that an export went well mends nothing
     assert summary(run_dir).state == "failed"
@@ -70,7 +71,13 @@ def test_an_interrupted_run_is_stopped_not_failed(make_run: MakeRun) -> None:
     run_dir = make_run(done=6, saved=(4,), artifact=False)
     with pytest.raises(KeyboardInterrupt), run.at_work(run_dir, "training"):
         raise KeyboardInterrupt
-    assert (summary(run_dir).state, summary(run_dir).detail) == ("stopped", "goes on from step 4")
+    assert (summary(run_dir).state, summary(run_dir).detail) == ("stopped", "interrupted; goes on from step 4")
+
+
+def test_a_killed_run_says_so(make_run: MakeRun) -> None:
+    run_dir = make_run(done=6, saved=(4,), artifact=False)
+    status._write(run_dir, [{"host": socket.gethostname(), "pid": 1, "doing": "training", "started": 1.0}])
+    assert (summary(run_dir).state, summary(run_dir).detail) == ("stopped", "killed; goes on from step 4")
 
 
 def test_a_finished_run_whose_last_command_failed_is_finished_and_says_so(make_run: MakeRun) -> None:
