@@ -20,7 +20,7 @@ from raytx.verify import Verdict
 
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "bold red", "broken": "bold red"}
 LEAST_DETAIL = 12
-"""Columns below which a detail is not worth showing; `runs show` has it."""
+"""Columns that a detail needs beside its run; with less, those of what went wrong stand below the list."""
 
 
 def as_json(value: Any) -> str:
@@ -47,7 +47,13 @@ def show_list(found: Sequence[Summary], console: Console, *, where: str) -> None
         console.print(f"no runs below {where}", highlight=False, soft_wrap=True)
         return
     room = console.width - console.measure(_listed(found)).maximum - 2
-    console.print(_listed(found, room=room) if room >= LEAST_DETAIL else _listed(found))
+    if room >= LEAST_DETAIL:
+        console.print(_listed(found, room=room))
+        return
+    console.print(_listed(found))
+    for one in found:
+        if one.state in ("failed", "broken"):
+            console.print(Text(f"{one.name}: {one.detail}", style="dim"), soft_wrap=False)
 
 
 def _listed(found: Sequence[Summary], *, room: int = 0) -> Table:

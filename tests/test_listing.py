@@ -48,6 +48,13 @@ def test_a_long_error_is_cut_to_the_line(make_run: MakeRun) -> None:
     assert "xxx…" in text
 
 
+def test_where_no_room_is_left_what_went_wrong_stands_below_the_list(make_run: MakeRun) -> None:
+    run_dir = make_run("a-name-so-long-that-it-leaves-no-room", done=7, saved=(4,))
+    (run_dir / "plan.json").write_text("{")
+    text = shown(lambda console: show_list(list_runs(run_dir.parent), console, where="there"), 80)
+    assert "a-name-so-long-that-it-leaves-no-room: plan.json is damaged" in text
+
+
 def test_an_empty_list_says_where_it_looked() -> None:
     assert shown(lambda console: show_list([], console, where="/runs"), 80) == "no runs below /runs\n"
 
