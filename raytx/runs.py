@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -359,8 +360,14 @@ def _said_between(turns: Sequence[status.Turn], one: Record, following: Record |
     """Return what commands were told, and failed with, from one attempt's beginning to the next one's."""
     said = [(remark["time"], remark["text"]) for turn in turns for remark in turn.get("remarks", [])]
     said += [(turn["ended"], gist(turn["error"])) for turn in turns if turn.get("error")]
+    said += [(after["started"], f"its command was killed (pid {turn.get('pid')})") for turn, after in _killed(turns)]
     until = following["since"] if following else math.inf
     return [text for at, text in sorted(said) if one["since"] <= at < until]
+
+
+def _killed(turns: Sequence[status.Turn]) -> list[tuple[status.Turn, status.Turn]]:
+    """Return the turns that were killed and the one that came after each, which is when it was known."""
+    return [(turn, after) for turn, after in pairwise(turns) if "ended" not in turn]
 
 
 def _turns(run_dir: Path) -> list[status.Turn]:

@@ -214,7 +214,7 @@ def test_a_run_directory_stands_for_itself(make_run: MakeRun) -> None:
 
 def test_attempts_are_told_with_place_length_and_end() -> None:
     turns: list[dict[str, Any]] = [
-        {"started": 0.0, "remarks": [{"time": 14.0, "text": "worker 1 failed"}]},
+        {"started": 0.0, "pid": 9, "remarks": [{"time": 14.0, "text": "worker 1 failed"}]},
         {"started": 20.0, "ended": 40.0, "error": "disk full\nat the end"},
     ]
     first, second, third = attempts(
@@ -234,7 +234,7 @@ def test_attempts_are_told_with_place_length_and_end() -> None:
     assert (second["from"], second["to"], second["nodes"]) == (4, 9, {"a": 1, "b": 2})
     assert (third["from"], third["workers"]) == (8, None)
     assert [one["told"] for one in (first, second, third)] == [
-        ["worker 1 failed"], ["disk full"], ["checkpoint step-9 is damaged"],
+        ["worker 1 failed", "its command was killed (pid 9)"], ["disk full"], ["checkpoint step-9 is damaged"],
     ]  # fmt: skip
 
 
