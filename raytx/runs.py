@@ -353,7 +353,7 @@ def _extend(attempt: Record, record: Record) -> None:
     attempt["until"] = record.get("time", attempt["until"])
     attempt["to"] = max(attempt["to"], record.get("step", 0))
     if record.get("kind") == "remark":
-        attempt["told"].append(record["text"])
+        attempt["told"].append(gist(record["text"]))
 
 
 def _said_between(turns: Sequence[status.Turn], one: Record, following: Record | None) -> list[str]:
@@ -362,7 +362,7 @@ def _said_between(turns: Sequence[status.Turn], one: Record, following: Record |
     said += [(turn["ended"], gist(turn["error"])) for turn in turns if turn.get("error")]
     said += [(after["started"], f"its command was killed (pid {turn.get('pid')})") for turn, after in _killed(turns)]
     until = following["since"] if following else math.inf
-    return [text for at, text in sorted(said) if one["since"] <= at < until]
+    return [gist(text) for at, text in sorted(said) if one["since"] <= at < until]
 
 
 def _killed(turns: Sequence[status.Turn]) -> list[tuple[status.Turn, status.Turn]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from raytx import run, status
-from raytx.errors import DataError, ResourceError
+from raytx.errors import DataError, ResourceError, StoppedError
 
 HOLD = """
 import sys, time
@@ -80,10 +80,14 @@ def test_how_a_command_ended_is_on_record(tmp_path: Path) -> None:
         raise DataError("no rows")
     with pytest.raises(KeyboardInterrupt), run.at_work(tmp_path, "training"):
         raise KeyboardInterrupt
+    with pytest.raises(StoppedError), run.at_work(tmp_path, "training"):
+        raise StoppedError("stopped by SIGTERM at step 3", exit_code=143)
     with pytest.raises(ZeroDivisionError), run.at_work(tmp_path, "training"):
         print(1 / 0)
     turns = status.turns(tmp_path)
-    assert [turn["error"] for turn in turns] == [None, "no rows", "interrupted", "ZeroDivisionError: division by zero"]
+    assert [turn["error"] for turn in turns] == [
+        None, "no rows", "interrupted", "interrupted", "ZeroDivisionError: division by zero",
+    ]  # fmt: skip
     assert [remark["text"] for remark in turns[0]["remarks"]] == ["worker 1 failed"]
     assert all(turn["started"] <= turn["ended"] <= time.time() for turn in turns)
 
