@@ -68,9 +68,10 @@ def self_check() -> None:
 
 def _has(module: str, name: str) -> bool:
     try:
-        return bool(operator.attrgetter(name)(importlib.import_module(module)))
+        operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError):
         return False
+    return True
 
 
 @contextlib.contextmanager

@@ -277,6 +277,11 @@ def test_this_ray_has_every_private_name_that_raytx_uses() -> None:
     ray_internals.self_check()
 
 
+def test_a_private_name_counts_as_there_whatever_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)  # as it is on loopback
+    ray_internals.self_check()
+
+
 def test_a_ray_that_moved_a_private_name_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ray_internals.USED, "ray._private.state", ("gone_in_the_next_version",))
     with pytest.raises(RaytxError, match=r"it has no ray\._private\.state\.gone_in_the_next_version"):
