@@ -104,7 +104,7 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
             failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=10),
             callbacks=[
                 TellFailures(supervisor),
-                BeforeResize(lambda workers: ray.get(supervisor.replaced.remote(within_s))),
+                BeforeResize(lambda workers: ray.get(supervisor.resize.remote(within_s))),
                 *callbacks,
             ],
         ),
@@ -277,5 +277,7 @@ def _configure(plan: Plan) -> None:
     # an elastic group asks only for places that were free a moment ago
     start_s = START_TIMEOUT_S if plan.elastic else FIXED_START_TIMEOUT_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
+    # Ray's watcher would keep ranks on a drained node until it goes; raytx.elastic moves them at once
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if plan.elastic else "1"
     if not os.environ.get("RAYTX_VERBOSE"):
         logging.getLogger("ray.train").setLevel(logging.ERROR)

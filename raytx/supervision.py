@@ -54,6 +54,8 @@ class Attempt:
     """The last pulse of each rank, and when it came, by this process's clock."""
     ends: dict[int, End] = field(default_factory=dict)
     over: bool = False
+    leaving: bool = False
+    """Whether its workers are about to be replaced by another number of them: nobody need answer any more."""
     stalled: str = ""
     """Why it was ended for a stall."""
 
@@ -135,6 +137,11 @@ class Supervision:
         if self.attempt is not None:
             self.attempt.over = True
 
+    def resized(self) -> None:
+        """Take note that healthy workers will be gone and others come, which is no failure."""
+        if self.attempt is not None:
+            self.attempt.leaving = True
+
     def _counts(self, end: End, step: int) -> bool:
         """Count a failure; tell whether another attempt may follow."""
         self.failures += 1
@@ -155,7 +162,9 @@ class Supervision:
     def judge(self) -> str | None:
         """Return who has stalled, in words, when nobody has made progress for longer than the limit."""
         attempt, now = self.attempt, self._clock()
-        if attempt is None or attempt.over or self._stall_s is None or len(attempt.pulses) < attempt.world_size:
+        if attempt is None or attempt.over or attempt.leaving or self._stall_s is None:
+            return None
+        if len(attempt.pulses) < attempt.world_size:
             return None
         if silent := self.silent():
             return (

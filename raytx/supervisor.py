@@ -46,7 +46,6 @@ class Supervisor:
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._order = Order()
         self._saves = 0
-        self._leaving = False
         self._last_calls: dict[str, float] = {}
         self._stacks: dict[int, str] | None = None
         self._verdict: Verdict | None = None
@@ -64,9 +63,8 @@ class Supervisor:
         """Tell the user something."""
         self._remark(text)
 
-    async def replaced(self, within_s: float) -> bool:
-        """Have the ranks save before Ray Train replaces their group; return whether they did within the time."""
-        self._leaving = True
+    async def save(self, within_s: float) -> bool:
+        """Have the ranks save now; return whether they did within the time. They train on meanwhile and after."""
         attempt, before = self._state.attempt, self._saves
         await self.order("save")
         async with self._changed:
@@ -74,6 +72,12 @@ class Supervisor:
                 async with asyncio.timeout(within_s):
                     await self._changed.wait_for(lambda: self._saves > before or attempt is None or attempt.over)
         return self._saves > before
+
+    async def resize(self, within_s: float) -> bool:
+        """Have the ranks save, as Ray Train is about to replace them; return whether they did within the time."""
+        saved = await self.save(within_s)
+        self._state.resized()
+        return saved
 
     async def order(self, kind: str) -> None:
         """Have the ranks save, or save and end."""
@@ -106,7 +110,6 @@ class Supervisor:
         return self._told(rank)
 
     def _begin(self, world_size: int) -> None:
-        self._leaving = False
         attempt = self._state.begin(world_size, self._waiting)
         self._waiting, self._stacks, self._verdict = {}, None, None
         if self._order.kind == "save":
@@ -186,7 +189,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(JUDGE_EVERY_S)
             await self._look_for_drains()
-            if not self._leaving and (stall := self._state.judge()) is not None:
+            if (stall := self._state.judge()) is not None:
                 await self._end_stalled(stall)
 
     async def _look_for_drains(self) -> None:

@@ -175,6 +175,20 @@ def test_a_keeper_that_falls_silent_is_named():
     assert "the worker of rank 1 has not been heard of" in run.state.judge()
 
 
+def test_workers_that_ray_replaces_by_another_number_are_not_missed_and_the_next_ones_are():
+    run = Run()
+    for _ in range(2):
+        run.beats(Pulse(9, 3, "forward", 0.1, 1.0), Pulse(9, 3, "forward", 0.1, 1.0))
+        run.state.resized()
+        run.clock.now += 200
+        assert run.state.judge() is None
+        run.begin()
+    run.beats(Pulse(9, 3, "forward", 0.1, 1.0), Pulse(9, 3, "forward", 0.1, 1.0))
+    run.clock.now += 200
+    assert run.state.judge() is not None
+    assert run.state.failures == 0
+
+
 def test_null_waits_for_ever():
     run = Run(stall_s=None)
     run.beats(replace(BUSY, age_s=1e6), replace(BUSY, age_s=1e6))
