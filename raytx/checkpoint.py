@@ -303,9 +303,7 @@ def damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     return "; ".join(flaws(directory, share=share)) or None
 
 
-def flaws(
-    directory: Path, *, share: tuple[int, int] = (0, 1), advance: Callable[[int], object] = int
-) -> list[str]:
+def flaws(directory: Path, *, share: tuple[int, int] = (0, 1), advance: Callable[[int], object] = int) -> list[str]:
     """Return what is wrong with a checkpoint directory, each "<file>: <reason>"; `advance` is told the bytes read."""
     try:
         manifest = read_json(directory / MANIFEST)

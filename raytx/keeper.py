@@ -185,7 +185,7 @@ class Watch:
         if self._killed:
             return End("ended", at=time.time())
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        hint = " - the kernel's, where memory ran out" if code == -signal.SIGKILL else ""
+        hint = ", somebody's or the kernel's for want of memory" if code == -signal.SIGKILL else ""
         stacks = self._stacks() if -code in CRASHES else ""
         return End(
             "killed", f"was ended by {name}{hint} (peak memory {peak_bytes / 2**20:,.0f} MiB)", time.time(), stacks

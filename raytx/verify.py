@@ -5,7 +5,6 @@ Nothing is changed, and a run may go on meanwhile: what it replaces or removes w
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytx import checkpoint, prepare, status
+from raytx import checkpoint, ledger, prepare, status
 from raytx.artifact import MANIFEST as ARTIFACT
 from raytx.artifact import Artifact, open_artifact, read
 from raytx.checkpoint import MANIFEST
@@ -313,9 +312,8 @@ def _ledger(run_dir: Path) -> list[Finding]:
     """Return what the audit of the sample ledger finds, where the run keeps one."""
     if not _keeps_ledger(run_dir):
         return []
-    audit: Callable[[Path], list[str]] = importlib.import_module("raytx.ledger").audit
     try:
-        return [Finding(str(run_dir / LEDGER), problem) for problem in audit(run_dir)]
+        return [Finding(str(run_dir / LEDGER), problem) for problem in ledger.audit(run_dir)]
     except UNREADABLE as error:
         return [Finding(str(run_dir / LEDGER), f"cannot be audited ({type(error).__name__}: {error})")]
 

@@ -19,6 +19,7 @@ from raytx.components import Microbatch, Model, Part, Weights
 from raytx.errors import ResourceError
 from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
+from raytx.pulse import phase
 from raytx.seeding import seed_generators
 from raytx_deepspeed.finite import forget, tainted
 from raytx_deepspeed.groups import Groups
@@ -154,6 +155,7 @@ class DeepSpeedEngine:
         for microbatch in microbatches:
             loss += self._backward(microbatch)
             norm = self._step()
+        phase("collective")
         dist.all_reduce(loss, group=self._groups.replicas)
         if self._slices is not None:
             self._slices.check()
@@ -161,9 +163,11 @@ class DeepSpeedEngine:
 
     def _backward(self, microbatch: Microbatch) -> torch.Tensor:
         """Add a microbatch's gradients; return its share of the global loss."""
+        phase("forward")
         seed_generators(microbatch.seed, part=self._groups.coordinate.sequence)  # slices drop other places
         share = self._engine(**self._features(microbatch)).loss.float() * microbatch.weight
         # backward() divides by the accumulation steps and reduction by ranks; the shares need neither.
+        phase("backward")
         self._engine.backward(tainted(share) * self._accumulation * self._ranks)
         return share.detach().double()
 
@@ -172,6 +176,7 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return 0.0
+        phase("update")
         if self._state.masters:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())

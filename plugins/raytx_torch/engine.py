@@ -17,6 +17,7 @@ from raytx.components import Microbatch, Part
 from raytx.errors import CheckpointError
 from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
+from raytx.pulse import phase
 from raytx.seeding import seed_generators
 from raytx_torch.loss_scale import LossScale
 from raytx_torch.moments import count_steps, create_state
@@ -75,9 +76,11 @@ class TorchEngine:
 
     def _backward(self, microbatch: Microbatch) -> torch.Tensor:
         """Add a microbatch's gradients; return its share of the global loss."""
+        phase("forward")
         seed_generators(microbatch.seed)
         with self._autocast():
             share = self._spread.called(**self._move(microbatch)).loss * microbatch.weight
+        phase("backward")
         (share * (self._spread.divisor * self._factor)).backward()
         return share.detach().double()
 
@@ -92,6 +95,7 @@ class TorchEngine:
         The numbers are asked for before the update, which depends on them, and both at once: the device is waited for
         once a step, and updates while the next batch is made.
         """
+        phase("update")
         gradients = [local(p.grad) for p in self._trained.values() if p.grad is not None]
         norm = self._norm(gradients) / self._factor
         loss, size = torch.stack((total, norm)).tolist()
@@ -148,6 +152,7 @@ class TorchEngine:
         self.gather(None)
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        phase("collective")
         if self._ranks > 1:
             dist.all_reduce(value)
         return value

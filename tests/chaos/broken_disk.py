@@ -2,8 +2,8 @@
 
     died = dying(root, at=17, do=lambda: train())    # in a forked child; the parent goes on
 
-Writing, creating, renaming and removing count, and so does waiting for the disk. When the process dies, the worst that a
-power failure may do is done: files that nobody synchronised lose their second half, what happened to a directory that
+Writing, creating, renaming and removing count, and so does waiting for the disk. When the process dies, the worst that
+a power failure may do is done: files that nobody synchronised lose their second half, what happened to a directory that
 nobody synchronised has not happened - but everything removed is gone.
 """
 

@@ -1,4 +1,4 @@
-"""Saves that are broken into at every operation, checkpoints of which every kind of byte is damaged, storage that fails.
+"""Saves broken into at every operation, checkpoints of which every kind of byte is damaged, storage that fails.
 
 RAYTX_CHAOS_LONG=1 breaks into every save of a run, in the background and not; without it, into one.
 """
