@@ -305,7 +305,7 @@ class Council:
         self._calls, self._met = 0, time.monotonic()
         before, self.heard = self.heard, max(orders)
         self._saver.council(statuses)
-        return self.heard.number > before.number
+        return self.heard.number > before.number and bool(self.heard.kind)
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from raytx.artifact import FORMAT as ARTIFACT_FORMAT
 from raytx.artifact import sealed
 from raytx.checkpoint import FORMAT
 from raytx.export import made_of
-from raytx.files import inventory
+from raytx.files import inventory, write_sealed
 from raytx.recipe import parse
 
 MakeRun = Callable[..., Path]
@@ -112,7 +112,7 @@ def make_checkpoint(run_dir: Path, plan: dict[str, Any], step: int) -> Path:
     write(directory / "state.json", state | {"seconds": float(step)})
     write(directory / "plan.json", plan)
     (directory / "weights-00000-00000.safetensors").write_bytes(bytes(range(200)) + bytes([step]))
-    write(directory / "manifest.json", {"format": FORMAT, "step": step, "files": inventory(directory)})
+    write_sealed(directory / "manifest.json", {"format": FORMAT, "step": step, "files": inventory(directory)})
     return directory
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytx import run, verify
-from raytx.files import inventory
+from raytx.files import inventory, read_sealed, write_sealed
 from raytx.verify import Verdict, hashed_bytes, verifiable
 
 MakeRun = Callable[..., Path]
@@ -34,9 +32,8 @@ def rewrite(path: Path, change: Callable[[list[str]], list[str]]) -> None:
 
 def reseal(directory: Path, manifest: str) -> None:
     """Let a manifest agree with its directory again, as someone who tampers would."""
-    told = json.loads((directory / manifest).read_text())
-    told["files"] = inventory(directory, exclude=frozenset({manifest}))
-    (directory / manifest).write_text(json.dumps(told))
+    told = read_sealed(directory / manifest)
+    write_sealed(directory / manifest, told | {"files": inventory(directory, exclude=frozenset({manifest}))})
 
 
 def test_a_sound_run_has_no_problem_and_is_left_as_it_was(make_run: MakeRun) -> None:
@@ -250,9 +247,7 @@ def test_an_artifact_that_is_replaced_meanwhile_is_looked_at_again(
 
 
 def test_the_ledger_is_audited_where_the_run_keeps_one(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger: Any = types.ModuleType("raytx.ledger")
-    ledger.audit = lambda run_dir: [f"epoch 1: sample 3 repeated in {run_dir.name}"]
-    monkeypatch.setitem(sys.modules, "raytx.ledger", ledger)
+    monkeypatch.setattr(verify.ledger, "audit", lambda run_dir: [f"epoch 1: sample 3 repeated in {run_dir.name}"])
     run_dir = make_run()
     assert problems(run_dir) == []
     plan = json.loads((run_dir / "plan.json").read_text())
