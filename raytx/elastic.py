@@ -6,6 +6,7 @@ Ray's policy knows no sizes between which it must not stop, and counts what node
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util import placement_group_table
 
 from raytx import cluster, ray_internals
+from raytx.errors import ResourceError
 
 RESIZE_INTERVAL_S = 15.0
 """Seconds between looks at whether more workers would have room. A look costs a few milliseconds."""
@@ -31,12 +33,15 @@ ANSWER_TIMEOUT_S = 1.0
 """Seconds for a node's raylet to accept a connection."""
 
 
-def make_elastic(trainer: Any, sizes: Sequence[int], *, tell: Callable[[str], object] = lambda text: None) -> None:
+def make_elastic(
+    trainer: Any, sizes: Sequence[int], *, wait_s: float = math.inf, tell: Callable[[str], object] = lambda text: None
+) -> None:
     """Let a Ray Train trainer, whose scaling config has a range of workers, run on these numbers of them only.
 
-    `tell` hears, in Ray Train's controller, that the run waits for nodes or changes its size.
+    `tell` hears, in Ray Train's controller, that the run waits for nodes or changes its size. When there was no room
+    for the smallest size for `wait_s` seconds, the run ends with a ResourceError.
     """
-    run, policy = trainer._initialize_and_run_controller, Sizes(trainer.scaling_config, sizes, tell)
+    run, policy = trainer._initialize_and_run_controller, Sizes(trainer.scaling_config, sizes, tell, wait_s)
     trainer._initialize_and_run_controller = lambda **given: run(**given | {"scaling_policy": policy})
 
 
@@ -46,18 +51,42 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
     Ray asks it when a group is to start, and at every poll of one that runs. A node that is being drained has no room.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], tell: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        sizes: Sequence[int],
+        tell: Callable[[str], object],
+        wait_s: float = math.inf,
+    ) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._tell = tuple(sizes), tell
+        self._sizes, self._tell, self._wait_s = tuple(sizes), tell, wait_s
         self._group: Any = None
+        self._waits_since: float | None = None
         self._next_word = 0.0
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision) and time.monotonic() >= self._next_word:
-            self._next_word = time.monotonic() + REMIND_S
-            self._tell(f"waiting for room for {self._sizes[0]} workers; the cluster has less")
+        if isinstance(decision, NoopDecision):
+            self._wait()
+        else:
+            self._waits_since = None
         return decision
+
+    def _wait(self) -> None:
+        """Say from time to time what is waited for; raise ResourceError when that took too long."""
+        now = time.monotonic()
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        left = self._waits_since + self._wait_s - now
+        one = self.scaling_config._resources_per_worker_not_none
+        wanted = f"{self._sizes[0]} x {one}; the cluster has no room for them"
+        if left < 0:
+            raise ResourceError(
+                f"waited {self._wait_s:g} s for {wanted}. When there is room again, the same command goes on from the "
+                "last checkpoint; raise scaling.wait_s to wait longer"
+            )
+        if now >= self._next_word:
+            self._next_word = now + REMIND_S
+            self._tell(f"waiting for {wanted}" + (f"; giving up in {left:.0f} s" if math.isfinite(left) else ""))
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._group = worker_group_state.placement_group_handle.placement_group

@@ -31,8 +31,6 @@ from raytx.worker import Record
 RELAY_S = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLLECTIVE_TIMEOUT_S = 600
-FIXED_START_TIMEOUT_S = 180
-"""Seconds for a group of fixed size to get its places anew, after a failure; before the first one it is waited for."""
 
 
 def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Console) -> None:
@@ -41,7 +39,7 @@ def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Conso
     Raises StoppedError when the run was told to end before, TrainingError or RaytxError when it cannot go on.
     """
     assert plan.steps is not None
-    _configure(plan)
+    _configure()
     supervisor = Supervisor.remote(_settings(plan))  # type: ignore[attr-defined]
     if cluster.started_here():  # libraries load while Ray Train starts
         supervisor.warm.remote(ray.get_runtime_context().get_node_id())
@@ -70,6 +68,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "directory": str(plan.run_dir / ".ray"),
         "environment": environment(plan),
         "local": cluster.started_here(),
+        "resources": plan.resources_per_worker,
         "max_failures": scaling.max_failures,
         "stall_s": scaling.stall_s,
     }
@@ -91,7 +90,7 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
         },
         backend_config=SharedGPUs(),
         scaling_config=ScalingConfig(
-            num_workers=(plan.sizes[0], plan.sizes[-1]) if plan.elastic else plan.world_size,
+            num_workers=(plan.sizes[0], plan.sizes[-1]),
             use_gpu=scaling.use_gpu,
             resources_per_worker=plan.resources_per_worker,
             placement_strategy=scaling.placement_strategy,
@@ -109,8 +108,7 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
             ],
         ),
     )
-    if plan.elastic:
-        make_elastic(trainer, plan.sizes, tell=supervisor.remark.remote)
+    make_elastic(trainer, plan.sizes, wait_s=scaling.wait_s, tell=supervisor.remark.remote)
     return trainer
 
 
@@ -144,6 +142,10 @@ def _fit(trainer: Any) -> dict[str, Any]:
         ) from error
     except TrainingFailedError as error:
         raise RaytxError(f"Ray Train gave up: {error}") from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaytxError):
+            raise error.cause from None
+        raise
 
 
 def _judge(end: Mapping[str, Any], plan: Plan, number: int | None) -> None:
@@ -271,13 +273,12 @@ def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             return future.result(timeout=0.5)  # an untimed wait would keep signals waiting on some systems
 
 
-def _configure(plan: Plan) -> None:
+def _configure() -> None:
     """Poll workers often enough that a run ends when it is done; keep Ray's own words out of the user's."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # an elastic group asks only for places that were free a moment ago
-    start_s = START_TIMEOUT_S if plan.elastic else FIXED_START_TIMEOUT_S
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
+    # a group asks only for places that were free a moment ago
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
     # Ray's watcher would keep ranks on a drained node until it goes; raytx.elastic moves them at once
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0" if plan.elastic else "1"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if not os.environ.get("RAYTX_VERBOSE"):
         logging.getLogger("ray.train").setLevel(logging.ERROR)

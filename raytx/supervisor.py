@@ -75,9 +75,17 @@ class Supervisor:
 
     async def resize(self, within_s: float) -> bool:
         """Have the ranks save, as Ray Train is about to replace them; return whether they did within the time."""
+        for node in self._roomy():  # new nodes load libraries while the ranks save
+            self._nursery(node)
         saved = await self.save(within_s)
         self._state.resized()
         return saved
+
+    def _roomy(self) -> list[str]:
+        """Return the nodes that have room for a rank right now."""
+        one = self._settings["resources"]
+        free = ray_internals.available_resources_per_node()
+        return [node for node, left in free.items() if all(left.get(name, 0.0) >= one[name] for name in one)]
 
     async def order(self, kind: str) -> None:
         """Have the ranks save, or save and end."""

@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytx import elastic, ray_internals
+from raytx.errors import ResourceError
 
 NODES = ("a", "b", "c", "d")
 
@@ -63,9 +64,11 @@ class Client:
         self.asked = num_workers
 
 
-def policy(sizes: tuple[int, ...] = (2, 4), told: list[str] | None = None, **options: Any) -> elastic.Sizes:
+def policy(
+    sizes: tuple[int, ...] = (2, 4), told: list[str] | None = None, wait_s: float = math.inf, **options: Any
+) -> elastic.Sizes:
     scaling = ScalingConfig(num_workers=(sizes[0], sizes[-1]), **({"elastic_resize_monitor_interval_s": 0} | options))
-    made = elastic.Sizes(scaling, sizes, [].append if told is None else told.append)
+    made = elastic.Sizes(scaling, sizes, [].append if told is None else told.append, wait_s)
     made._coordinator_client = Client()
     return made
 
@@ -95,7 +98,23 @@ def test_a_run_waits_while_even_its_smallest_size_has_no_room_and_says_so_once_i
     told: list[str] = []
     made = policy(told=told)
     assert [at_start(made), at_start(made)] == [None, None]
-    assert told == ["waiting for room for 2 workers; the cluster has less"]
+    assert told == ["waiting for 2 x {'CPU': 1}; the cluster has no room for them"]
+
+
+def test_a_run_that_waited_too_long_gives_up_with_the_numbers(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.free = {"a": {"CPU": 1.0}}
+    told: list[str] = []
+    made = policy(told=told, wait_s=60.0)
+    assert at_start(made) is None
+    assert told[-1].endswith("giving up in 60 s")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    with pytest.raises(ResourceError, match="waited 60 s for 2 x"):
+        at_start(made)
+    nodes.free = {"a": {"CPU": 4.0}}
+    assert at_start(made) == 4
+    nodes.free = {}
+    assert at_start(made) is None
 
 
 def test_what_other_programs_hold_is_no_room(nodes: Cluster) -> None:
