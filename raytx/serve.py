@@ -23,13 +23,14 @@ import ray
 from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from ray.serve.config import BackpressureConfig, ControllerOptions, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from raytx import artifact, cluster
+from raytx.admission import RETRY_AFTER_S
 from raytx.artifact import Artifact
 from raytx.errors import ArtifactError, RecipeError, ResourceError, did_you_mean
-from raytx.ingress import REPLICA, RETRY_AFTER_S, Ingress
+from raytx.ingress import REPLICA, Ingress
 from raytx.plan import check_plugins
 from raytx.protocols import PROTOCOLS, Description, is_loopback, key_digest
 from raytx.registry import registry
@@ -42,6 +43,17 @@ API_KEY = "RAYTX_API_KEY"
 SLACK = 32
 """Requests the ingress holds beyond those the replicas have room for, so that it can refuse them itself."""
 HEALTH_PERIOD_S = 2
+HEALTH_TIMEOUT_S = 4
+"""A process that does not say in time that it is healthy, three times in a row, is replaced (Ray's own: 30 s)."""
+PROXY_SLACK_S = 5
+"""Seconds by which Serve's proxy is more patient than the ingress, which says in JSON what was too late."""
+CONTROLLER = {
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # Serve would wait 20 s for a stopped process to say goodbye
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(HEALTH_PERIOD_S),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(HEALTH_TIMEOUT_S),
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raytx.front.middlewares",
+}
+"""Environment of Serve's controller, which its proxy inherits."""
 DRAIN_PERIOD_S = 0.2
 """Pause between looks at whether a stopping replica has answered its last request."""
 
@@ -110,9 +122,12 @@ def _replica_options(args: ServeArgs) -> dict[str, Any]:
         "name": REPLICA,
         "num_replicas": args.num_replicas,
         "max_ongoing_requests": args.max_ongoing_requests,
-        "max_queued_requests": args.max_queued_requests,
+        # The ingress bounds the queue and knows why it refuses. Ray also counts what it is about to hand over, and so
+        # would refuse the last of a burst that there is room for.
+        "max_queued_requests": args.num_replicas * args.max_ongoing_requests + args.max_queued_requests,
         "ray_actor_options": actor | ({"num_gpus": 1} if args.use_gpu else {}),
         "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": DRAIN_PERIOD_S,
         "max_constructor_retry_count": 2,
     }
@@ -127,6 +142,7 @@ def _ingress_options(args: ServeArgs) -> dict[str, Any]:
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         "ray_actor_options": {"num_cpus": 0},
         "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": DRAIN_PERIOD_S,
     }
 
@@ -221,9 +237,14 @@ def _start(app: Application, args: ServeArgs, *, verbose: bool) -> None:
     if not verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # The ingress has its own deadline and says so in JSON; Ray's is for what never reaches it.
-    options = HTTPOptions(host=args.host, port=args.port, request_timeout_s=args.timeout_s + 10)
+    options = HTTPOptions(host=args.host, port=args.port, request_timeout_s=args.timeout_s + PROXY_SLACK_S)
     quiet = LoggingConfig(log_level="INFO" if verbose else "WARNING", enable_access_log=verbose)
-    ray_serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=quiet)
+    ray_serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=options,
+        logging_config=quiet,
+        controller_options=ControllerOptions(runtime_env={"env_vars": CONTROLLER}),
+    )
     try:
         ray_serve.run(app, name=APP, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:

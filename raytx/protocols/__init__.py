@@ -11,6 +11,8 @@ PROTOCOLS: dict[str, WireProtocol] = {"openai": OPENAI, "open-inference": OPEN_I
 
 __all__ = [
     "FAILED",
+    "OPENAI",
+    "OPEN_INFERENCE",
     "PROTOCOLS",
     "Description",
     "RequestError",

@@ -32,6 +32,7 @@ def application(
         max_body_bytes=served.settings.max_body_bytes,
         key_digest=key_digest,
         loopback=loopback,
+        check_room=served.check_room,
     )
     _add_health(app, served)
     protocol.add_routes(app, served)

@@ -72,6 +72,9 @@ class Served(Protocol):
     async def ready(self) -> bool:
         """Tell whether a replica has loaded the model."""
 
+    def check_room(self) -> None:
+        """Raise when any request would be refused now: asked before a body is read."""
+
 
 @dataclass(frozen=True)
 class WireProtocol:

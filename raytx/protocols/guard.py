@@ -1,10 +1,11 @@
-"""What a request must pass before a route sees it: the right host, the right token, a body of bounded size."""
+"""What a request must pass before a route sees it: the right host, the right token, room, a body of bounded size."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -20,13 +21,21 @@ class Guard:
     """ASGI middleware. Plain ASGI, because it must not come between a streamed answer and its client."""
 
     def __init__(
-        self, app: ASGIApp, *, protocol: WireProtocol, max_body_bytes: int, key_digest: str | None, loopback: bool
+        self,
+        app: ASGIApp,
+        *,
+        protocol: WireProtocol,
+        max_body_bytes: int,
+        key_digest: str | None,
+        loopback: bool,
+        check_room: Callable[[], None],
     ) -> None:
         self.app = app
         self.protocol = protocol
         self.max_body_bytes = max_body_bytes
         self.key_digest = key_digest
         self.loopback = loopback
+        self.check_room = check_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,6 +43,8 @@ class Guard:
             return
         try:
             self._check(scope)
+            if scope["method"] == "POST":  # all others only describe
+                self.check_room()
             receive = await self._body(scope, receive)
         except RequestError as problem:
             answer = JSONResponse(self.protocol.error(problem), problem.status, problem.headers)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from raytx.protocols import PROTOCOLS, Description, application
+from raytx.protocols import PROTOCOLS, Description, RequestError, application
 from raytx.sections import Serving
 from raytx.tasks import Request, Response
 
@@ -32,6 +32,7 @@ class Local:
         self.protocol = PROTOCOLS[self.task.protocol]
         self.fault, self.after = fault, after
         self.is_ready = True
+        self.has_room = True
         self.seen: list[Request] = []
 
     async def predict(self, requests: Sequence[Request]) -> list[Response]:
@@ -51,6 +52,10 @@ class Local:
 
     async def ready(self) -> bool:
         return self.is_ready
+
+    def check_room(self) -> None:
+        if not self.has_room:
+            raise RequestError(503, "no room", retry_after_s=1)
 
 
 @pytest.fixture

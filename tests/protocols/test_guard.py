@@ -56,10 +56,22 @@ def test_no_more_of_an_endless_body_is_read_than_shows_it_is_too_large() -> None
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError("the application was reached")
 
-    guard = Guard(never, protocol=PROTOCOLS["openai"], max_body_bytes=1000, key_digest=None, loopback=False)
+    options = {"max_body_bytes": 1000, "key_digest": None, "loopback": False, "check_room": lambda: None}
+    guard = Guard(never, protocol=PROTOCOLS["openai"], **options)
     asyncio.run(guard({"type": "http", "path": URL, "method": "POST", "headers": []}, receive, send))
     assert sent[0]["status"] == 413
     assert read == 11
+
+
+def test_a_full_server_refuses_before_it_reads_a_body_and_still_describes_itself(client: Make) -> None:
+    made = client("causal-lm", key_digest=key_digest("sesame"))
+    made.served.has_room = False  # type: ignore[attr-defined]
+    assert made.post(URL, content=b"{", headers=JSON).status_code == 401
+    headers = {"authorization": "Bearer sesame"}
+    answer = made.post(URL, content=b"{", headers=JSON | headers)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["type"] == "overloaded_error"
+    assert made.get("/v1/models", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "LOCALHOST:80", "[::1]:8000", "127.1.2.3"])
