@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray import serve
 
 from raytx.artifact import open_artifact
+from raytx.batcher import Batcher
 from raytx.protocols import PROTOCOLS, RequestError
 from raytx.sections import Serving
 from raytx.tasks import Request, Response, Runner
@@ -26,11 +26,13 @@ class Replica:
         self._settings = settings
         self._predictor = open_artifact(directory)
         self._protocol = PROTOCOLS[self._predictor.task.protocol]
+        self._streams = asyncio.Semaphore(settings.max_ongoing_requests)
         # One thread for the batch, and one for each request that may be streamed or admitted meanwhile.
         self._threads = ThreadPoolExecutor(settings.max_ongoing_requests + 1, thread_name_prefix="raytx")
         self._watch = Watch()
-        self._answer.set_max_batch_size(settings.max_batch_size)
-        self._answer.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._batches: Batcher[Ticket, Response | Exception] = Batcher(
+            self._answer, max_size=settings.max_batch_size, wait_s=settings.batch_wait_s
+        )
 
     async def check_health(self) -> None:
         """Raise when the model is stuck: Ray Serve replaces a replica that says so three times in a row."""
@@ -44,14 +46,11 @@ class Replica:
         except RequestError as error:
             return error
         try:
-            answers = await asyncio.gather(*map(self._answer, tickets))
+            answers = await asyncio.gather(*map(self._batches.submit, tickets))
         finally:
             for ticket in tickets:
                 ticket.wanted = False
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers, max((ticket.seconds for ticket in tickets), default=0.0)
+        return [_or_raise(answer) for answer in answers], max((ticket.seconds for ticket in tickets), default=0.0)
 
     async def stream(self, request: Request) -> AsyncIterator[Response | RequestError]:
         """Admit a request and answer it piece by piece, pulled in a thread."""
@@ -62,16 +61,16 @@ class Replica:
             return
         ticket = Ticket(admitted)
         pieces = self._predictor.task.stream(self._runner([ticket]), admitted)
-        try:
-            while (piece := await self._run(next, pieces, None)) is not None:
-                yield piece
-        finally:
-            ticket.wanted = False
+        async with self._streams:
+            try:
+                while (piece := await self._run(next, pieces, None)) is not None:
+                    yield piece
+            finally:
+                ticket.wanted = False
 
     def _admit(self, requests: Sequence[Request]) -> list[Request]:
         return [self._protocol.admit(self._predictor.task, request, self._settings) for request in requests]
 
-    @serve.batch  # type: ignore[untyped-decorator]  # Ray carries no types
     async def _answer(self, tickets: list[Ticket]) -> list[Response | Exception]:
         # Twice the deadline: the last request may have come when the batch was nearly over, and is answered alone.
         began = time.monotonic()
@@ -96,6 +95,12 @@ class Replica:
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+def _or_raise(answer: Response | Exception) -> Response:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @dataclass

@@ -118,13 +118,14 @@ def build_app(args: ServeArgs) -> Application:
 
 def _replica_options(args: ServeArgs) -> dict[str, Any]:
     actor = {"num_cpus": args.cpus_per_replica, "runtime_env": {"env_vars": _environment(args)}}
+    # Nothing waits in Ray's router, which would ask a full replica again after ever longer pauses while its model
+    # stands idle. The ingress bounds what is inside; all of it may be inside the only replica left.
+    room = args.num_replicas * args.max_ongoing_requests + args.max_queued_requests
     return {
         "name": REPLICA,
         "num_replicas": args.num_replicas,
-        "max_ongoing_requests": args.max_ongoing_requests,
-        # The ingress bounds the queue and knows why it refuses. Ray also counts what it is about to hand over, and so
-        # would refuse the last of a burst that there is room for.
-        "max_queued_requests": args.num_replicas * args.max_ongoing_requests + args.max_queued_requests,
+        "max_ongoing_requests": room,
+        "max_queued_requests": room,
         "ray_actor_options": actor | ({"num_gpus": 1} if args.use_gpu else {}),
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,

@@ -35,9 +35,11 @@ def test_no_more_are_let_in_than_replicas_and_queue_hold_and_each_makes_room_whe
 
 def test_a_refusal_says_when_to_come_back() -> None:
     subject = admission(max_queued_requests=1)
-    with ExitStack() as inside, pytest.raises(RequestError) as caught:
-        for _ in range(6):
+    with ExitStack() as inside:
+        for _ in range(5):
             inside.enter_context(subject.entry(1))
+        with pytest.raises(RequestError) as caught:
+            subject.check()
     assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "1"})
 
 

@@ -106,7 +106,7 @@ def launch(site: Path, code: str, **variables: str) -> subprocess.Popen[str]:
 def install(directory: Path) -> Path:
     """Install the echo plugin in a directory as pip would leave it; return the directory."""
     info = directory / "raytx_echo-1.0.dist-info"
-    info.mkdir()
+    info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: raytx-echo\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[raytx]\nraytx_echo = raytx_echo\n", encoding="utf-8")
     (directory / "raytx_echo.py").write_bytes((ECHO / "raytx_echo.py").read_bytes())
