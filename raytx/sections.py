@@ -257,16 +257,16 @@ class Serving(Section):
     max_batch_size: int = Field(8, gt=0)
     """Requests answered by one forward pass."""
     batch_wait_s: float = Field(0.01, ge=0)
-    """Seconds a request waits for others to fill its batch."""
+    """Seconds a request waits for others to fill its batch, the time that it waited for the model included."""
     max_ongoing_requests: int = Field(16, gt=0)
-    """Requests a replica works on at once."""
+    """Answers a replica streams at once; for whole answers, places in it beside those of max_queued_requests."""
     cpus_per_replica: int = Field(1, gt=0)
     """CPUs each replica reserves and threads it computes with."""
     max_queued_requests: int = Field(64, gt=0)
-    """Requests that may wait; more are answered 503 at once."""
+    """Requests that may wait beyond those the replicas have places for; more are answered 503 at once."""
     max_wait_s: float | None = Field(None, gt=0)
-    """Seconds a request may be expected to wait; one that would wait longer is answered 503 at once, as is, always, one
-    that would not be answered within timeout_s."""
+    """Seconds a request may be expected to wait; one that would wait longer is answered 503 at once. Without it, one that
+    would not be answered within timeout_s."""
     max_tokens: int = Field(1024, gt=0)
     """Tokens a completion may ask for."""
     max_body_bytes: int = Field(1_000_000, gt=0)
