@@ -265,8 +265,7 @@ class Serving(Section):
     max_queued_requests: int = Field(64, gt=0)
     """Requests that may wait beyond those the replicas have places for; more are answered 503 at once."""
     max_wait_s: float | None = Field(None, gt=0)
-    """Seconds a request may be expected to wait; one that would wait longer is answered 503 at once. Without it, one that
-    would not be answered within timeout_s."""
+    """Seconds a request may be expected to wait; more is answered 503 at once. By default what timeout_s leaves."""
     max_tokens: int = Field(1024, gt=0)
     """Tokens a completion may ask for."""
     max_body_bytes: int = Field(1_000_000, gt=0)
