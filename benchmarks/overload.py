@@ -71,13 +71,13 @@ async def _post(session: aiohttp.ClientSession, url: str, body: Any) -> tuple[in
 # --------------------------------------------------------------------------------------------------- two services
 
 
-def serve_raytx(directory: str, step_s: float, port: int) -> None:
-    """Serve the echo model of the tests as `raytx serve` does."""
+def serve_raytx(directory: str, step_s: float, port: int, patience: float) -> None:
+    """Serve the echo model of the tests as `raytx serve` does, with the clients' patience as its deadline."""
     os.environ |= {"RAYTX_DISABLE_PLUGIN_AUTOLOAD": "1", "RAYTX_PLUGINS": "raytx_echo", "PYTHONPATH": _paths(directory)}
     from raytx.serve import serve
 
     artifact = _echo(directory).write_artifact(Path(directory), "sequence-classification", step_s=step_s)
-    serve(artifact, port=port, max_batch_size=BATCH_SIZE)
+    serve(artifact, port=port, max_batch_size=BATCH_SIZE, timeout_s=patience)
 
 
 def serve_bare(step_s: float, port: int) -> None:
@@ -130,7 +130,7 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS) + " |\n|---" + "|--:" * (len(COLUMNS) - 1) + "|")
     for service, port in PORTS.items():
         with tempfile.TemporaryDirectory(prefix="rx", dir="/tmp", ignore_cleanup_errors=True) as directory:
-            process = _start(service, directory, options.step_s, port)
+            process = _start(service, directory, options, port)
             try:
                 asyncio.run(_rows(service, f"http://127.0.0.1:{port}/v2/models/echo/infer", options))
             finally:
@@ -138,11 +138,12 @@ def main() -> None:
                 process.join(60)
 
 
-def _start(service: str, directory: str, step_s: float, port: int) -> Any:
+def _start(service: str, directory: str, options: argparse.Namespace, port: int) -> Any:
     os.environ |= {"RAY_TMPDIR": directory, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     spawn = multiprocessing.get_context("spawn")
-    call = (serve_raytx, (directory, step_s, port)) if service == "raytx" else (serve_bare, (step_s, port))
-    process = spawn.Process(target=call[0], args=call[1])
+    arguments = (directory, options.step_s, port, options.patience)
+    raytx = spawn.Process(target=serve_raytx, args=arguments)
+    process = raytx if service == "raytx" else spawn.Process(target=serve_bare, args=(options.step_s, port))
     process.start()
     return process
 
