@@ -14,8 +14,10 @@ import argparse
 import asyncio
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,8 @@ def serve_raytx(directory: str, step_s: float, port: int, patience: float) -> No
     from raytx.serve import serve
 
     artifact = _echo(directory).write_artifact(Path(directory), "sequence-classification", step_s=step_s)
-    serve(artifact, port=port, max_batch_size=BATCH_SIZE, timeout_s=patience)
+    with redirect_stdout(sys.stderr):
+        serve(artifact, port=port, max_batch_size=BATCH_SIZE, timeout_s=patience)
 
 
 def serve_bare(step_s: float, port: int) -> None:
@@ -109,8 +112,6 @@ def _paths(directory: str) -> str:
 
 def _echo(directory: str) -> Any:
     """Install the tests' echo plugin in a directory and return it."""
-    import sys
-
     root = Path(__file__).parents[1] / "tests"
     sys.path[:0] = [directory, str(root / "integration")]
     from echo_server import install
