@@ -202,7 +202,12 @@ def _start(*, dashboard: bool, verbose: bool, num_cpus: int | None) -> None:
         _private_token()
         ray_internals.use_token()
     try:
-        with ray_internals.loopback_only(), ray_internals.any_agent_port(), environment(_LOCAL_ENVIRONMENT):
+        with (
+            ray_internals.loopback_only(),
+            ray_internals.any_agent_port(),
+            ray_internals.own_session(),
+            environment(_LOCAL_ENVIRONMENT),
+        ):
             context = ray.init(
                 address="local",
                 num_cpus=num_cpus,

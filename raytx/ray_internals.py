@@ -8,6 +8,7 @@ import importlib
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from raytx.errors import RaytxError
 USED = {
     # loopback_only: Ray takes a machine's outside address for its own even when told 127.0.0.1
     "ray._private.ray_constants": ("ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"),
+    # own_session: a signal to the driver's process group would end the cluster before the run can save
+    "ray._private.services": ("ConsolePopen",),
     # quiet: what the raylet says of dead workers is printed into the driver's output, whatever log_to_driver says
     "ray._private.worker": ("print_to_stdstream",),
     # any_agent_port: ray.init has no option for it
@@ -100,6 +103,24 @@ def quiet() -> None:
     from ray._private import worker
 
     worker.print_to_stdstream = lambda *_, **__: None
+
+
+@contextlib.contextmanager
+def own_session() -> Iterator[None]:
+    """Put the processes of a cluster that is started meanwhile into sessions of their own, on Linux.
+
+    A supervisor's SIGTERM goes to the driver's whole process group. The cluster must outlive it, or ranks could not
+    save. When the driver is gone the kernel ends them, which other systems' Ray does through the process group.
+    """
+    from ray._private import services
+
+    before = services.ConsolePopen
+    if sys.platform == "linux":
+        services.ConsolePopen = functools.partial(before, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 @contextlib.contextmanager
