@@ -380,8 +380,9 @@ def sweep(run_dir: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Rename first: a half-deleted checkpoint must not look like one."""
+    """Rename first, for good: a half-deleted checkpoint must not look like one, even after a power failure."""
     doomed = directory.with_name(f".{directory.name}.doomed")
     with contextlib.suppress(OSError):
         directory.rename(doomed)
+        sync_directory(directory.parent)
         shutil.rmtree(doomed, ignore_errors=True)

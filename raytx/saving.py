@@ -157,23 +157,22 @@ class Saver:
         written = [status.files for status in statuses]
         if wrong := checkpoint.broken_promises(written, self._promised):
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            self._give_up(save, f"{'; '.join(wrong[:5])}{more}", storage=False)
+            self._give_up(save, f"the strategy did not hand over what the model has: {'; '.join(wrong[:5])}{more}")
         save.status = Status("sealing", retried=save.status.retried)
         if self._rank == 0:
             files: Files = {name: entry for of_rank in written for name, entry in of_rank.items()}
             save.run(lambda: self._commit(save, files))
 
-    def _give_up(self, save: _Save, why: str, *, storage: bool = True) -> NoReturn:
+    def _give_up(self, save: _Save, why: str) -> NoReturn:
         """Let every rank stop writing, remove what is there and stop the run."""
         save.stop()
         self._engine.gather(None)  # nobody writes any more
         if self._rank == 0:
             shutil.rmtree(save.staging, ignore_errors=True)
         self._save = None
-        mend = "Free or repair the storage and run" if storage else "The strategy is at fault. Mend it and run"
         raise TrainingError(
-            f"could not save {save.target}: {why}. {mend} the same command again: it goes on from the last complete "
-            "checkpoint"
+            f"could not save {save.target}: {why}. Mend that and run the same command again: it goes on from the last "
+            "complete checkpoint"
         )
 
     def _tell(self, save: _Save, statuses: Sequence[Status]) -> None:
@@ -251,9 +250,13 @@ class _Save:
                 return write()
             except OSError as error:
                 self.retried.append(_told(error))
-                if self._stopping.wait(pause):
+                if self.pause(pause):
                     raise
         write()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait; return whether the save is given up meanwhile."""
+        return self._stopping.wait(seconds)
 
 
 class _ShareOfFiles:
@@ -270,7 +273,7 @@ class _ShareOfFiles:
         stem = "optimizer" if "|" in key else "weights"
         held = self._held[stem]
         if key in held:
-            raise ValueError(f"{key} was handed over twice; the strategy is at fault")
+            raise CheckpointError(f"the strategy handed over {key} twice")
         held[key] = array
         self._bytes[stem] += array.nbytes
         if self._bytes[stem] >= SHARD_BYTES:

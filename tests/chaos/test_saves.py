@@ -1,4 +1,4 @@
-"""Saves broken into at every operation, checkpoints of which every kind of byte is damaged, storage that fails.
+"""Saves that are broken into at every operation, checkpoints of which any byte is damaged, storage that fails.
 
 RAYTX_CHAOS_LONG=1 breaks into every save of a run, in the background and not; without it, into one.
 """
@@ -199,6 +199,7 @@ def truncated(path: Path, chance: random.Random) -> bytes:
     return data[: chance.randrange(len(data))]
 
 
+REASONS = ("SHA-256 differs", "bytes, the manifest says", "cannot be read", "format")
 Damage = Callable[[Path, random.Random], bytes]
 
 
@@ -230,13 +231,8 @@ def judged(plan: Plan, spoilt: list[Path], next_one: Path | None) -> list[str]:
     newest = checkpoint.newest(plan.run_dir, tell=told.append)
     wrong = [] if (newest and newest.directory) == next_one else [f"{spoilt}: {newest and newest.directory} was used"]
     for path, text in zip(spoilt, [*told, *[""] * len(spoilt)], strict=False):
-        name = (
-            str(path).partition(f"{Path(path).parts[-2]}/")[2]
-            if path.parent.name != "processor"
-            else f"processor/{path.name}"
-        )
-        reasons = ("SHA-256 differs", "bytes, the manifest says", "cannot be read", "format")
-        if name not in text or not any(reason in text for reason in reasons):
+        name = str(path.relative_to(next(parent for parent in path.parents if parent.name.startswith("step-"))))
+        if name not in text or not any(reason in text for reason in REASONS):
             wrong.append(f"{path}: {text!r} was told")
     return wrong
 
@@ -315,7 +311,7 @@ def test_a_full_disk_stops_the_run_with_one_error_and_the_run_goes_on_when_there
     assert "No space left" in stopped(plan)
     assert whole(plan) == ["step-00000002"]
     ballast.unlink()
-    log = trained(plan.__class__(**{**plan.__dict__, "recipe": plan.recipe.override({"save.num_to_keep": 1})}))
+    log = trained(replace(plan, recipe=plan.recipe.override({"save.num_to_keep": 1})))
     assert [row["step"] for row in log if row["kind"] == "resumed"] == [2]
     assert same(weights(plan), run.weights)
 
@@ -332,38 +328,28 @@ def test_storage_that_became_read_only_stops_the_run_with_one_error(run: Run, sm
 
 
 def test_storage_that_vanishes_and_returns_costs_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(saving, "PAUSES_S", (0.05, 0.1, 60.0))
-    plan = run.elsewhere(tmp_path / "storage", keep=(2,))
-    hidden, put = tmp_path / "hidden", files.write_safetensors
-    waited: list[float] = []
+    """The directory above the run is gone from the first write on, until the last pause before the run would stop."""
+    plan, hidden, put = run.elsewhere(tmp_path / "storage", keep=(2,)), tmp_path / "hidden", saving.write_safetensors
+    paused: list[float] = []
 
-    def vanishing(path: Path, *args: Any, **options: Any) -> Any:
-        if not waited:
-            waited.append(0.0)
+    def vanishing(*args: Any, **options: Any) -> Any:
+        if not paused and not hidden.exists():
             plan.run_dir.parent.rename(hidden)
-        return put(path, *args, **options)
+        return put(*args, **options)
 
-    def waiting(self: Any, pause: float) -> bool:
-        waited.append(pause)
-        if pause == 60.0:
+    def pausing(save: Any, pause: float) -> bool:
+        paused.append(pause)
+        if pause == saving.PAUSES_S[-1]:
             hidden.rename(plan.run_dir.parent)
         return False
 
     monkeypatch.setattr(saving, "write_safetensors", vanishing)
-    monkeypatch.setattr(
-        saving.threading.Event,
-        "wait",
-        lambda self, pause=None: waiting(self, pause) if pause in saving.PAUSES_S else ORIGINAL_WAIT(self, pause),
-    )
-    log = trained(plan)
-    assert waited == [0.0, 0.05, 0.1, 60.0]
-    remarks = [row["text"] for row in log if row["kind"] == "remark"]
-    assert len(remarks) == 3
+    monkeypatch.setattr(saving._Save, "pause", pausing)
+    remarks = [row["text"] for row in trained(plan) if row["kind"] == "remark"]
+    assert paused == [*saving.PAUSES_S]
+    assert len(remarks) == len(paused)
     assert all("No such file or directory" in text and "tried again" in text for text in remarks)
     assert same(weights(plan), run.weights)
-
-
-ORIGINAL_WAIT = saving.threading.Event.wait
 
 
 def test_training_goes_on_while_slow_storage_is_written_to(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

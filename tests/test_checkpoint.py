@@ -1,0 +1,127 @@
+"""Checkpoints on disk: which one is taken, by whom, and which ones stay."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from raytx import checkpoint, files
+from raytx.checkpoint import FORMAT, MANIFEST, promised, retain
+from raytx.components import TensorHeader
+from raytx.files import inventory, write_json, write_sealed
+from raytx.sections import Optim
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Checkpoints of steps 1 to 4, of six small files each."""
+    for step in range(1, 5):
+        directory = checkpoint.directory_of(tmp_path, step)
+        directory.mkdir(parents=True)
+        write_json(directory / "state.json", {"step": step})
+        for place in range(5):
+            (directory / f"weights-{place}").write_text(f"{step} {place}")
+        write_sealed(directory / MANIFEST, {"format": FORMAT, "step": step, "files": inventory(directory)})
+    return tmp_path
+
+
+def spoil(run_dir: Path, step: int, name: str = "weights-3") -> None:
+    (checkpoint.directory_of(run_dir, step) / name).write_text("? ?")
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_every_rank_gets_the_same_checkpoint_and_hashes_a_share_of_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(run_dir, 4)
+    hashed: list[Path] = []
+    told: list[str] = []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or sha256(path))
+    barrier, values = threading.Barrier(3, timeout=20), [None] * 3
+
+    def on(rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            found = list(values)
+            barrier.wait()
+            return found
+
+        tell = told.append if rank == 0 else None
+        return checkpoint.newest(run_dir, tell=tell, set_aside=True, rank=rank, gather=gather)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = [one.directory.name for one in pool.map(on, range(3))]
+    assert found == ["step-00000003"] * 3
+    assert len(hashed) == len(set(hashed)) == 12, "each file of two checkpoints by one rank"
+    assert told == [
+        "checkpoint step-00000004 is damaged and passed over: weights-3: its SHA-256 differs from the manifest"
+    ]
+    assert names(run_dir)[0] == "damaged-step-00000004"
+
+
+@pytest.mark.parametrize("missing", [MANIFEST, "state.json", "weights-2"])
+def test_a_checkpoint_without_one_of_its_files_is_passed_over_and_the_file_named(run_dir: Path, missing: str) -> None:
+    (checkpoint.directory_of(run_dir, 4) / missing).unlink()
+    told: list[str] = []
+    found = checkpoint.newest(run_dir, tell=told.append)
+    assert found is not None
+    assert found.step == 3
+    assert f"{missing}: missing" in told[0]
+
+
+def test_a_checkpoint_of_another_format_is_passed_over_and_its_format_told(run_dir: Path) -> None:
+    manifest = checkpoint.directory_of(run_dir, 4) / MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 2'))
+    assert checkpoint.damage(manifest.parent) == f"{MANIFEST}: format 2, this raytx reads {FORMAT}"
+
+
+def test_newest_ones_and_the_best_one_stay(run_dir: Path) -> None:
+    retain(run_dir, num_to_keep=1, best_step=2)
+    assert names(run_dir) == ["step-00000002", "step-00000004"]
+
+
+def test_all_stay_where_no_number_is_given(run_dir: Path) -> None:
+    retain(run_dir, num_to_keep=None, best_step=None)
+    assert len(names(run_dir)) == 4
+
+
+def test_what_killed_attempts_left_is_removed(run_dir: Path) -> None:
+    for name in (".step-00000003.5f.staging", ".step-00000001.doomed"):
+        (run_dir / "checkpoints" / name).mkdir()
+    retain(run_dir, num_to_keep=4, best_step=None)
+    assert len(names(run_dir)) == 4
+
+
+def test_a_structure_promises_what_is_trained_saved_and_kept_by_the_optimizer() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False)).to("meta")
+    module[1].requires_grad_(False)
+    found = promised(module, Optim(type="adafactor"))
+    assert found == {
+        "0.weight": TensorHeader("F32", (3, 4)),
+        "0.bias": TensorHeader("F32", (3,)),
+        "2.weight": TensorHeader("F32", (3, 3)),
+        "1.running_mean": TensorHeader("F32", (3,)),
+        "1.running_var": TensorHeader("F32", (3,)),
+        "1.num_batches_tracked": TensorHeader("I64", ()),
+        "0.weight|row_var": TensorHeader("F32", (3, 1)),
+        "0.weight|col_var": TensorHeader("F32", (1, 4)),
+        "0.bias|variance": TensorHeader("F32", (3,)),
+        "2.weight|row_var": TensorHeader("F32", (3, 1)),
+        "2.weight|col_var": TensorHeader("F32", (1, 3)),
+    }
+
+
+def test_tied_parameters_are_promised_once() -> None:
+    module = nn.ModuleDict({"embedding": nn.Embedding(5, 2), "head": nn.Linear(2, 5, bias=False)}).to("meta")
+    module["head"].weight = module["embedding"].weight
+    assert list(promised(module, Optim(type="sgd"))) == ["embedding.weight"]
