@@ -107,8 +107,8 @@ def test_a_run_continues_under_another_strategy_and_on_other_ranks(
         assert value == pytest.approx(expected[step], rel=1e-5)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(recipe, run_ranks):
-    run = recipe("damaged", **SCHEDULE)
+def test_a_damaged_checkpoint_is_passed_over_by_every_rank_and_named(recipe, run_ranks):
+    run = recipe("damaged", strategy={"type": "ddp"}, scaling__num_workers=2, **SCHEDULE)
     run_ranks([run])
     weights = next(directory(run, 8).glob("weights-*.safetensors"))
     data = bytearray(weights.read_bytes())
