@@ -1,10 +1,10 @@
-"""A process that dies at the n-th change it makes to a file system, of which only what was promised to last remains.
+"""A process that dies at the n-th change it makes to a file system, and a power failure that may come with it.
 
-    died = dying(root, at=17, do=lambda: train())    # in a forked child; the parent goes on
+    died, operations = dying(root, at=17, do=lambda: train())    # in a forked child; the parent goes on
 
-Writing, creating, renaming and removing count, and so does waiting for the disk. When the process dies, the worst that
-a power failure may do is done: files that nobody synchronised lose their second half, what happened to a directory that
-nobody synchronised has not happened - but everything removed is gone.
+Writing, creating, renaming and removing count, and so does waiting for the disk. A power failure does the worst it may:
+files that nobody synchronised lose their second half, what happened to a directory that nobody synchronised has not
+happened - but everything removed is gone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ FAILED = 1
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def dying(root: Path, *, at: int | None, do: Callable[[], Any]) -> tuple[bool, int]:
-    """Do something in a child that dies at an operation below `root`; return whether it died, and the operations."""
+def dying(root: Path, *, at: int | None, do: Callable[[], Any], power_fails: bool = True) -> tuple[bool, int]:
+    """Do something in a child that dies at an operation below `root`, alone or with the machine.
+
+    Returns whether it died, and how many operations there were where it did not.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
-        disk = Disk(root, at)
+        disk = Disk(root, at, power_fails=power_fails)
         try:
             disk.watch()
             do()
@@ -48,8 +51,8 @@ def dying(root: Path, *, at: int | None, do: Callable[[], Any]) -> tuple[bool, i
 class Disk:
     """What happens to files below a root, and what of it would outlive a power failure."""
 
-    def __init__(self, root: Path, at: int | None) -> None:
-        self._root, self._at = f"{root}/", at
+    def __init__(self, root: Path, at: int | None, *, power_fails: bool) -> None:
+        self._root, self._at, self._power_fails = f"{root}/", at, power_fails
         self.done = 0
         self._dying = False
         self._written: set[str] = set()
@@ -131,13 +134,17 @@ class Disk:
 
     def die(self) -> None:
         self._dying = True
+        if self._power_fails:
+            self._forget()
+        os._exit(DIED)
+
+    def _forget(self) -> None:
         for path in self._written:
             with contextlib.suppress(FileNotFoundError):
                 os.truncate(path, os.path.getsize(path) // 2)
         while self._pending:
             path, before = self._pending.pop()
             self._undo(path, before)
-        os._exit(DIED)
 
     def _undo(self, path: str, before: str | None) -> None:
         if not os.path.lexists(path):

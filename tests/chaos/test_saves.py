@@ -31,6 +31,8 @@ pytestmark = pytest.mark.chaos
 LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
 STEPS = 6
 Log = list[dict[str, Any]]
+Modes = tuple[bool, ...]
+"""Whether the power fails as well, in turn."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def names(plan: Plan) -> list[str]:
 # ------------------------------------------------------------------------------------ killed at every operation
 
 
-def broken_into(run: Run, storage: Path, at: int | None, bug: Callable[[], Any], **save: Any) -> tuple[bool, int, str]:
+def broken_into(
+    run: Run, storage: Path, at: int | None, bug: Callable[[], Any], power_fails: bool, **save: Any
+) -> tuple[bool, int, str]:
     """Go on from step 2 of a run that keeps one checkpoint, and die at an operation of its saves.
 
     Returns whether it died, how many operations there were, and what is wrong with what it left; "" where nothing is.
@@ -99,7 +103,7 @@ def broken_into(run: Run, storage: Path, at: int | None, bug: Callable[[], Any],
         bug()
         trained(replace(plan, recipe=plan.recipe.override(limit), steps=limit.get("train.steps", STEPS)))
 
-    died, done = dying(storage, at=at, do=go)
+    died, done = dying(storage, at=at, do=go, power_fails=power_fails)
     return died, done, wrong_with(plan) or not_going_on(run, plan)
 
 
@@ -119,24 +123,34 @@ def not_going_on(run: Run, plan: Plan) -> str:
 
 
 def sweep(
-    run: Run, storage: Path, bug: Callable[[], Any] = lambda: None, *, last_first: bool = False, **save: Any
+    run: Run,
+    storage: Path,
+    bug: Callable[[], Any] = lambda: None,
+    *,
+    modes: Modes,
+    last_first: bool = False,
+    **save: Any,
 ) -> str:
-    """Die at every operation in turn; return the first thing that is wrong, or ""."""
-    died, done, wrong = broken_into(run, storage / "untouched", None, bug, **save)
+    """Die at every operation, in one mode after the other; return the first thing that is wrong, or ""."""
+    died, done, wrong = broken_into(run, storage / "untouched", None, bug, False, **save)
     assert not died
     assert done > 30, "a save has more operations than this: they are not seen"
-    moments = range(done, 0, -1) if last_first else range(1, done + 1)
-    for at in moments:
-        _, _, wrong = broken_into(run, storage / str(at), at, bug, **save)
+    moments = range(1, done + 1)
+    for at in reversed(moments) if last_first else moments:
+        power_fails = modes[at % len(modes)]
+        _, _, wrong = broken_into(run, storage / str(at), at, bug, power_fails, **save)
         shutil.rmtree(storage / str(at))
         if wrong:
-            return f"killed at operation {at} of {done}: {wrong}"
+            return f"died at operation {at} of {done}{' and power failed' * power_fails}: {wrong}"
     return ""
 
 
 @pytest.mark.parametrize("background", [True, False] if LONG else [True])
-def test_a_run_killed_at_any_operation_of_a_save_goes_on_to_the_same_bits(run: Run, tmp_path: Path, background: bool):
-    assert sweep(run, tmp_path, background=background) == ""
+@pytest.mark.parametrize("modes", [(True,), (False,)] if LONG else [(True, False)], ids=str)
+def test_a_run_that_dies_at_any_operation_of_a_save_goes_on_to_the_same_bits(
+    run: Run, tmp_path: Path, modes: Modes, background: bool
+) -> None:
+    assert sweep(run, tmp_path, modes=modes, background=background) == ""
 
 
 def skip_the_fsync_of_files() -> None:
@@ -170,18 +184,13 @@ def remove_in_place() -> None:
     checkpoint._remove = lambda directory: shutil.rmtree(directory)  # type: ignore[assignment]
 
 
-BUGS = [
-    skip_the_fsync_of_files,
-    skip_the_fsync_of_directories,
-    rename_before_the_manifest,
-    retain_before_the_commit,
-    remove_in_place,
-]
+NEEDS_NO_POWER_FAILURE = [rename_before_the_manifest, retain_before_the_commit, remove_in_place]
+NEEDS_ONE = [skip_the_fsync_of_files, skip_the_fsync_of_directories]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_killing_at_every_operation_finds_a_planted_bug(run: Run, tmp_path: Path, bug: Callable[[], None]):
-    wrong = sweep(run, tmp_path, bug, last_first=True)
+@pytest.mark.parametrize("bug", [*NEEDS_NO_POWER_FAILURE, *NEEDS_ONE], ids=lambda bug: bug.__name__)
+def test_dying_at_every_operation_finds_a_planted_bug(run: Run, tmp_path: Path, bug: Callable[[], None]) -> None:
+    wrong = sweep(run, tmp_path, bug, modes=(bug in NEEDS_ONE,), last_first=True)
     assert "no checkpoint is left" in wrong or "step-" in wrong
 
 
