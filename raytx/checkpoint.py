@@ -31,6 +31,7 @@ from raytx.components import Part, TensorHeader
 from raytx.errors import CheckpointError
 from raytx.files import (
     SPELLED,
+    as_json,
     disagreements,
     inventory,
     read_json,
@@ -38,7 +39,6 @@ from raytx.files import (
     sync,
     sync_directory,
     walk,
-    write_json,
     write_safetensors,
     write_sealed,
 )  # fmt: skip
@@ -214,11 +214,11 @@ def _complete(staging: Path, files: Files, content: Content) -> None:
         raise CheckpointError(f"{', '.join(lost)}: written, and now gone from {staging.parent} or of another size")
     write_safetensors(staging / GOLDEN, content.golden.arrays())
     _copy(Path(content.plan.prepared) / "processor", staging / "processor")
-    write_json(staging / "demo.json", content.demo)
-    write_json(staging / "plan.json", content.plan.to_dict())
-    write_json(staging / "state.json", asdict(content.state))
+    told = {"demo": content.demo, "plan": content.plan.to_dict(), "state": asdict(content.state)}
+    for name, value in told.items():
+        (staging / f"{name}.json").write_text(as_json(value), encoding="utf-8")
     others = inventory(staging, exclude={*files, MANIFEST})
-    for name in others:
+    for name in others.keys() - {GOLDEN}:
         sync(staging / name)
     for directory in {staging, *((staging / name).parent for name in others)}:
         sync_directory(directory)
