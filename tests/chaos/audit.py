@@ -1,0 +1,150 @@
+"""What a run lost that was killed: compared with one that was not, bit by bit; and what it left behind.
+
+Every function returns one line for each thing that is wrong, and nothing when all is well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from job import Job, alive
+from safetensors import safe_open
+
+from raytx import checkpoint
+from raytx.files import read_json
+from raytx.journal import METRICS, rows
+
+LINGER_S = 15.0
+"""Processes may take so long to end after the command did."""
+CLOCKS = frozenset({"time", "seconds", "tokens_per_s", "samples_per_s"})
+"""What differs between any two runs."""
+
+
+def losses(job: Job, unbroken: Job) -> list[str]:
+    """Compare all that a run must have in common with the unbroken one of its recipe."""
+    return [*tensors(job, unbroken), *journal(job, unbroken), *samples(job, unbroken)]
+
+
+def tensors(job: Job, unbroken: Job) -> list[str]:
+    """Compare the last checkpoint's tensors, weights and optimizer state, and its state."""
+    last = [checkpoint.newest(each.run_dir) for each in (job, unbroken)]
+    if last[0] is None or last[1] is None:
+        return [f"{job.name}: no complete checkpoint"]
+    got, wanted = contents(last[0].directory), contents(last[1].directory)
+    found = [f"{job.name}: tensor {key} is in one run only" for key in sorted(got.keys() ^ wanted.keys())]
+    for key in sorted(got.keys() & wanted.keys()):
+        if got[key].dtype != wanted[key].dtype or got[key].tobytes() != wanted[key].tobytes():
+            differing = int(np.sum(got[key] != wanted[key])) if got[key].shape == wanted[key].shape else -1
+            found.append(f"{job.name}: tensor {key} differs in {differing} of {wanted[key].size} elements")
+    if not any("|" in key for key in wanted):
+        found.append(f"{unbroken.name}: no optimizer state is there to compare")
+    states = [{**read_json(each.directory / "state.json"), "seconds": None} for each in last]
+    if states[0] != states[1]:
+        found.append(f"{job.name}: state {states[0]}, unbroken {states[1]}")
+    return found
+
+
+def contents(directory: Path) -> dict[str, np.ndarray]:
+    """Return every tensor below a checkpoint directory, whichever rank wrote it."""
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            prefix = "golden " if path.stem == "golden" else ""
+            found |= {prefix + key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    return found
+
+
+def journal(job: Job, unbroken: Job) -> list[str]:
+    """Compare metrics.jsonl: each step and evaluation once, in order, with the same numbers."""
+    found = []
+    for kind in ("step", "eval"):
+        got, wanted = _of_kind(job, kind), _of_kind(unbroken, kind)
+        if (order := [row["step"] for row in got]) != [row["step"] for row in wanted]:
+            found.append(f"{job.name}: metrics.jsonl has {kind} rows of {order}")
+        by_step = {row["step"]: row for row in wanted}
+        found += [
+            f"{job.name}: {kind} {row['step']}: {row}, unbroken {by_step[row['step']]}"
+            for row in got
+            if row["step"] in by_step and row != by_step[row["step"]]
+        ]
+    return found
+
+
+def _of_kind(job: Job, kind: str) -> list[dict[str, Any]]:
+    found = [row for row in rows(job.run_dir / METRICS) if row["kind"] == kind]
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in found]
+
+
+def samples(job: Job, unbroken: Job) -> list[str]:
+    """Compare the samples that ranks read for each step, the last time it was done; each once an epoch."""
+    got, wanted = _read(job), _read(unbroken)
+    found = [
+        f"{job.name}: step {step} read samples {got.get(step)}, unbroken {wanted[step]}"
+        for step in sorted(wanted)
+        if got.get(step) != wanted[step]
+    ]
+    for epoch, steps in epochs_of(job).items():
+        counted = Counter(sample for step in steps for sample in set(got.get(step, ())))
+        if twice := sorted(sample for sample, count in counted.items() if count > 1):
+            found.append(f"{job.name}: epoch {epoch} read samples {twice} more than once")
+        lacking = set(range(_plan(job, "num_samples"))) - set(counted)
+        if lacking and len(steps) == _plan(job, "steps_per_epoch"):
+            found.append(f"{job.name}: epoch {epoch} never read samples {sorted(lacking)}")
+    return found
+
+
+def epochs_of(job: Job) -> dict[int, list[int]]:
+    """Return the steps of each epoch of a run, the first step being 1."""
+    found: dict[int, list[int]] = {}
+    for step in range(1, _plan(job, "steps") + 1):
+        found.setdefault((step - 1) // _plan(job, "steps_per_epoch"), []).append(step)
+    return found
+
+
+def _plan(job: Job, key: str) -> int:
+    return int(read_json(job.run_dir / "plan.json")[key])
+
+
+def _read(job: Job) -> dict[int, list[int]]:
+    """Return the samples of each step over all ranks, of those that did it last."""
+    by_step: dict[int, list[int]] = {}
+    for path in job.probe.glob("rank-*.jsonl"):
+        last = {row["step"]: row["samples"] for row in job.done(int(path.stem.removeprefix("rank-")))}
+        for step, read in last.items():
+            by_step[step] = sorted(set(by_step.get(step, [])) | set(read))
+    return by_step
+
+
+def leftovers(job: Job, shared_memory_before: Iterable[str]) -> list[str]:
+    """Return what a run that has ended left behind: processes, shared memory, half-written checkpoints."""
+    deadline = time.monotonic() + LINGER_S
+    while (left := job.processes()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = [f"{job.name}: process {pid} is left: {line.strip()[:80]}" for pid, line in left.items()]
+    new = shared_memory() - set(shared_memory_before)
+    found += [f"{job.name}: /dev/shm/{name} is left" for name in sorted(new - _in_use_by_others(job))]
+    rubbish = (job.run_dir / "checkpoints").glob(".step-*")
+    return found + [f"{job.name}: {path.name} is left" for path in rubbish]
+
+
+def shared_memory() -> set[str]:
+    """Return the names of this machine's shared memory."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _in_use_by_others(job: Job) -> set[str]:
+    """Return the shared memory that processes of others have mapped: other programs of this machine live, too."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        if alive(int(maps.parent.name), job.mark):
+            continue
+        try:
+            found |= {line.rpartition("/dev/shm/")[2] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+        except OSError:
+            continue
+    return found
