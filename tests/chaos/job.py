@@ -186,6 +186,14 @@ def alive(pid: int, mark: str) -> bool:
         return False
 
 
+def parent(pid: int) -> int:
+    """Return the process id of a process's parent; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def kill(pid: int, number: int) -> bool:
     """Send a signal; tell whether the process was there to get it."""
     try:

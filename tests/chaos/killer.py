@@ -15,15 +15,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from job import STEPS, Job, kill
+from job import STEPS, Job, kill, parent
 
 from raytx.journal import FRESH, METRICS, rows
 
-Kind = Literal["rank", "worker", "driver", "raylet", "gcs", "stop"]
+Kind = Literal["rank", "worker", "server", "supervisor", "controller", "driver", "raylet", "gcs", "stop"]
 Aim = Literal["any", "step", "save", "evaluation", "start", "restart"]
 
-TITLES: dict[str, str] = {"worker": "ray::RayTrainWorker", "raylet": "/raylet/raylet ", "gcs": "/gcs/gcs_server "}
-"""What the command lines of Ray's processes hold."""
+TITLES: dict[str, str] = {
+    "worker": "ray::RayTrainWorker",
+    "server": "-m raytx.forkserver",
+    "supervisor": "ray::Supervisor",
+    "controller": "ray::TrainController",
+    "raylet": "/raylet/raylet ",
+    "gcs": "/gcs/gcs_server ",
+}
+"""What the command lines of processes hold; ranks are told by the probe, the driver is ours."""
 ENDS_THE_COMMAND = frozenset({"driver", "raylet", "gcs"})
 """Kills after which the same command may have to be run again."""
 LONGEST_S: dict[Aim, float] = {"any": 0.15, "step": 0.03, "save": 0.08, "evaluation": 0.1, "start": 8, "restart": 1}
@@ -154,7 +161,7 @@ class _Run:
         self._wait(lambda: False)
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
-        """Return True as soon as the condition holds, False when the run has ended well; raise StuckError if neither."""
+        """Return True as soon as the condition holds, False when the run has ended well; else raise StuckError."""
         while not self._over():
             if condition():
                 return True
@@ -213,7 +220,9 @@ class _Run:
         if shot.kind in {"rank", "stop"}:
             found = {rank.pid for rank in self.job.ranks().values()}
         else:
-            found = {pid for pid, line in self.job.processes().items() if TITLES[shot.kind] in line}
+            lines = self.job.processes()
+            found = {pid for pid, line in lines.items() if TITLES[shot.kind] in line}
+            found -= {pid for pid in found if TITLES[shot.kind] in lines.get(parent(pid), "")}  # forked from another
         old = {pid for hit in self.hits for pid in (hit.pid, *hit.ranks)} if shot.aim == "restart" else set()
         return sorted(found - old)
 
