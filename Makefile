@@ -4,11 +4,12 @@ RUN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install quickstart lint test clean
+.PHONY: help install quickstart lint test chaos clean
 
 help:
 	@echo "make quickstart  install into $(VENV), train, export and prove a small decoder"
 	@echo "make test        lint and run every test"
+	@echo "make chaos       kill runs a hundred times, LONG=1 five hundred; figures to docs/reliability.md"
 	@echo "make lint        ruff, mypy --strict on the host, the import contracts"
 	@echo "make install     make $(VENV) with everything in it"
 
@@ -31,6 +32,10 @@ lint: install
 
 test: lint
 	$(RUN)/pytest
+
+chaos: install
+	$(RUN)/python tests/chaos/campaign.py --kills $(if $(LONG),500,100)
+	$(RUN)/python docs/make.py
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

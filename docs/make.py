@@ -1,19 +1,26 @@
-"""Write the generated parts of docs/strategies.md: `python docs/make.py`, or `--check` to see whether they are current.
+"""Write the generated parts of the docs: `python docs/make.py`, or `--check` to see whether they are current.
 
-The matrix comes from tests/integration/parity_matrix.py (what is tried), from the plan (what is refused, and why) and
-from docs/parity.json (what was measured): RAYTX_RECORD_PARITY=docs/parity.json pytest tests/integration/test_parity.py
+The matrix of strategies.md comes from tests/integration/parity_matrix.py (what is tried), from the plan (what is refused,
+and why) and from docs/parity.json (what was measured):
+RAYTX_RECORD_PARITY=docs/parity.json pytest tests/integration/test_parity.py
+
+The tables of kills in reliability.md come from docs/chaos.json, which `make chaos` writes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-PAGE, MEASURED = HERE / "strategies.md", HERE / "parity.json"
+MEASURED, KILLS = HERE / "parity.json", HERE / "chaos.json"
 sys.path.insert(0, str(HERE.parent / "tests" / "integration"))
 
 import parity_matrix as matrix  # noqa: E402
@@ -33,16 +40,21 @@ EXAMPLES = [
 
 
 def main(*, check: bool) -> int:
-    """Write the page, or return 1 when it is not what would be written."""
-    old = PAGE.read_text(encoding="utf-8")
-    new = old
-    for name, section in SECTIONS.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        new = mark.sub(_filled(section()), new)
+    """Write the pages, or return 1 when one is not what would be written."""
+    old = {path: path.read_text(encoding="utf-8") for path in map(HERE.joinpath, PAGES)}
+    new = {path: _written(text, PAGES[path.name]) for path, text in old.items()}
     if check:
         return int(new != old)
-    PAGE.write_text(new, encoding="utf-8")
+    for path, text in new.items():
+        path.write_text(text, encoding="utf-8")
     return 0
+
+
+def _written(text: str, sections: dict[str, Callable[[], str]]) -> str:
+    for name, section in sections.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        text = mark.sub(_filled(section()), text)
+    return text
 
 
 def _filled(text: str) -> Callable[[re.Match[str]], str]:
@@ -92,11 +104,77 @@ def settings() -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "compatibility": compatibility,
-    "differences": differences,
-    "settings": settings,
+def kills() -> str:
+    """A row for each kind of kill: how many, and how long the runs took to go on."""
+    lines = [_row("killed", "times", "next step after, s: median", "95 %", "longest"), _row("---", *["--:"] * 4)]
+    for kind, name in KILLED.items():
+        hits = [hit for hit in _hits() if hit["kind"] == kind]
+        lines.append(_row(name, str(len(hits)), *_spread(hits)))
+    workers = [hit for hit in _hits() if hit["kind"] in IN_PLACE]
+    return "\n".join([*lines, _row("**rank or fork server**", str(len(workers)), *_spread(workers))])
+
+
+def kills_by_phase() -> str:
+    """What the run was doing, and how often it was hit in that."""
+    found = Counter(hit["phase"] for hit in _hits())
+    return "\n".join(
+        [_row("phase", "kills"), _row("---", "--:"), *(_row(name, str(count)) for name, count in found.most_common())]
+    )
+
+
+def kills_by_strategy() -> str:
+    """A row for each strategy: runs and kills, and in how many of them anything was lost."""
+    lines = [_row("strategy", "runs", "kills", "runs that lost anything"), _row("---", *["--:"] * 3)]
+    for strategy in dict.fromkeys(run["strategy"] for run in _runs()):
+        runs = [run for run in _runs() if run["strategy"] == strategy]
+        lost = sum(bool(run["problems"]) for run in runs)
+        lines.append(_row(strategy, *map(str, (len(runs), sum(len(run["hits"]) for run in runs), lost))))
+    hits, lost = len(_hits()), sum(bool(run["problems"]) for run in _runs())
+    return "\n".join([*lines, _row("**all**", str(len(_runs())), str(hits), str(lost))])
+
+
+KILLED = {
+    "rank": "rank",
+    "stop": "rank, by SIGSTOP",
+    "server": "fork server",
+    "worker": "Ray Train worker",
+    "supervisor": "supervisor",
+    "controller": "Ray Train's controller",
+    "driver": "`raytx train`",
+    "raylet": "raylet",
+    "gcs": "GCS",
 }
+"""Kinds of kill in words."""
+IN_PLACE = frozenset({"rank", "server"})
+"""Kills after which ranks are forked anew and all else stays."""
+
+
+def _spread(hits: list[dict[str, Any]]) -> tuple[str, str, str]:
+    seconds = sorted(hit["recovery_s"] for hit in hits if hit["recovery_s"] is not None)
+    if not seconds:
+        return "-", "-", "-"
+    high = seconds[math.ceil(0.95 * len(seconds)) - 1]
+    return f"{statistics.median(seconds):.1f}", f"{high:.1f}", f"{seconds[-1]:.1f}"
+
+
+def _hits() -> list[dict[str, Any]]:
+    return [hit for run in _runs() for hit in run["hits"]]
+
+
+def _runs() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(KILLS.read_text(encoding="utf-8"))["runs"]
+    return found
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "strategies.md": {"compatibility": compatibility, "differences": differences, "settings": settings},
+    "reliability.md": {
+        "kills": kills,
+        "kills by phase": kills_by_phase,
+        "kills by strategy": kills_by_strategy,
+    },
+}
+"""The generated parts of each page."""
 
 
 def _refusal(family: matrix.Family, case: matrix.Case) -> str | None:
