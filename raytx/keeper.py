@@ -75,8 +75,7 @@ class Keeper:
 
     def _attempt(self, number: int, meeting_point: str) -> End:
         """Have a rank process, and watch it to its end."""
-        directory = self._directory / str(number)
-        directory.mkdir()
+        directory = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=self._directory))  # a new supervisor counts anew
         path = ray.get(self._supervisor.nursery.remote(self._node_id))
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
             connection.connect(path)
