@@ -34,6 +34,7 @@ test: lint
 	$(RUN)/pytest
 
 chaos: install
+	RAYTX_CHAOS_LONG=$(LONG) $(RUN)/pytest -m chaos
 	$(RUN)/python tests/chaos/campaign.py --kills $(if $(LONG),500,100)
 	$(RUN)/python docs/make.py
 

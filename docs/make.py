@@ -1,7 +1,7 @@
 """Write the generated parts of the docs: `python docs/make.py`, or `--check` to see whether they are current.
 
-The matrix of strategies.md comes from tests/integration/parity_matrix.py (what is tried), from the plan (what is refused,
-and why) and from docs/parity.json (what was measured):
+The matrix of strategies.md comes from tests/integration/parity_matrix.py (what is tried), from the plan (what is
+refused, and why) and from docs/parity.json (what was measured):
 RAYTX_RECORD_PARITY=docs/parity.json pytest tests/integration/test_parity.py
 
 The tables of kills in reliability.md come from docs/chaos.json, which `make chaos` writes.
@@ -168,7 +168,7 @@ def _runs() -> list[dict[str, Any]]:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "strategies.md": {"compatibility": compatibility, "differences": differences, "settings": settings},
-    "reliability.md": {
+    "reliability-kills.part.md": {
         "kills": kills,
         "kills by phase": kills_by_phase,
         "kills by strategy": kills_by_strategy,

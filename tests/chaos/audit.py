@@ -6,7 +6,6 @@ Every function returns one line for each thing that is wrong, and nothing when a
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 from job import Job, alive
 from safetensors import safe_open
 
-from raytx import checkpoint
+from raytx import checkpoint, ledger
 from raytx.files import read_json
-from raytx.journal import METRICS, rows
+from raytx.journal import LEDGER, METRICS, rows
 
 LINGER_S = 15.0
 """Processes may take so long to end after the command did."""
@@ -81,43 +80,16 @@ def _of_kind(job: Job, kind: str) -> list[dict[str, Any]]:
 
 
 def samples(job: Job, unbroken: Job) -> list[str]:
-    """Compare the samples that ranks read for each step, the last time it was done; each once an epoch."""
-    got, wanted = _read(job), _read(unbroken)
-    found = [
-        f"{job.name}: step {step} read samples {got.get(step)}, unbroken {wanted[step]}"
-        for step in sorted(wanted)
-        if got.get(step) != wanted[step]
+    """Compare the ledgers: the samples of every step, and that each came once an epoch."""
+    got, wanted = ({row["step"]: row["samples"] for row in rows(each.run_dir / LEDGER)} for each in (job, unbroken))
+    return [
+        *(f"{job.name}: {line}" for line in ledger.audit(job.run_dir)),
+        *(
+            f"{job.name}: step {step} was fed samples {got.get(step)}, unbroken {wanted.get(step)}"
+            for step in sorted(got.keys() | wanted.keys())
+            if got.get(step) != wanted.get(step)
+        ),
     ]
-    for epoch, steps in epochs_of(job).items():
-        counted = Counter(sample for step in steps for sample in set(got.get(step, ())))
-        if twice := sorted(sample for sample, count in counted.items() if count > 1):
-            found.append(f"{job.name}: epoch {epoch} read samples {twice} more than once")
-        lacking = set(range(_plan(job, "num_samples"))) - set(counted)
-        if lacking and len(steps) == _plan(job, "steps_per_epoch"):
-            found.append(f"{job.name}: epoch {epoch} never read samples {sorted(lacking)}")
-    return found
-
-
-def epochs_of(job: Job) -> dict[int, list[int]]:
-    """Return the steps of each epoch of a run, the first step being 1."""
-    found: dict[int, list[int]] = {}
-    for step in range(1, _plan(job, "steps") + 1):
-        found.setdefault((step - 1) // _plan(job, "steps_per_epoch"), []).append(step)
-    return found
-
-
-def _plan(job: Job, key: str) -> int:
-    return int(read_json(job.run_dir / "plan.json")[key])
-
-
-def _read(job: Job) -> dict[int, list[int]]:
-    """Return the samples of each step over all ranks, of those that did it last."""
-    by_step: dict[int, list[int]] = {}
-    for path in job.probe.glob("rank-*.jsonl"):
-        last = {row["step"]: row["samples"] for row in job.done(int(path.stem.removeprefix("rank-")))}
-        for step, read in last.items():
-            by_step[step] = sorted(set(by_step.get(step, [])) | set(read))
-    return by_step
 
 
 def leftovers(job: Job, shared_memory_before: Iterable[str]) -> list[str]:

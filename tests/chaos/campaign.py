@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ STALL_S = 5
 
 def main() -> int:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
     home = Path(tempfile.mkdtemp(prefix="rx"))
     found: list[dict[str, Any]] = []
     try:

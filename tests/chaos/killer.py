@@ -111,16 +111,18 @@ def plan_shots(dice: random.Random, wanted: Sequence[tuple[Kind, Aim]]) -> list[
 
 def hunt(job: Job, shots: Sequence[Shot]) -> Hunt:
     """Run a job to its end through all shots; those that come after the end are not taken."""
+    problems = []
     with _journal_seen(job) as seen:
         run = _Run(job)
         try:
             for shot in shots:
                 run.take(shot)
             run.finish()
-            problems = []
         except StuckError as stuck:
             problems = [str(stuck)]
-            job.sweep()
+        finally:
+            if run.process.poll() is None:  # it hangs, or somebody interrupts the hunt
+                job.sweep()
     return Hunt([_measured(hit, run.hits, job, seen) for hit in run.hits], run.starts, problems)
 
 

@@ -1,8 +1,8 @@
-"""A plugin for runs under test: each rank tells what it is doing, which steps it did and which samples it read.
+"""A plugin for runs under test: each rank tells what it is doing, and which steps it did when.
 
 It is put on the path of `raytx train` by job.py and changes nothing of what a run does. A rank keeps two files in the
 probe directory of its run: `rank-N.now`, one line that is overwritten (pid, phase, steps done, time), and
-`rank-N.jsonl`, one line for each step that it did, with the samples that it read for it.
+`rank-N.jsonl`, one line for each step that it did.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from raytx import hookimpl, worker
-from raytx.prepare import Samples
 
 RAYTX_API = 1
 WIDTH = 96
@@ -33,7 +32,7 @@ class Teller:
     """What this process tells of its rank."""
 
     def __init__(self) -> None:
-        self.step, self._read = 0, []  # type: ignore[var-annotated]
+        self.step = 0
         self._now = self._log = -1
 
     def open(self, directory: Path, rank: int) -> None:
@@ -46,16 +45,9 @@ class Teller:
             line = f"{os.getpid()} {phase} {self.step} {time.time():.6f}"
             os.pwrite(self._now, line.ljust(WIDTH).encode(), 0)
 
-    def read(self, indices: Any) -> None:
-        self._read.extend(int(index) for index in indices)
-
-    def forget(self) -> None:
-        """Start a step: what was read in between, for evaluation and demonstrations, is none of its samples."""
-        self._read = []
-
     def did(self, step: int) -> None:
-        line = {"step": step, "time": time.time(), "pid": os.getpid(), "samples": self._read}
         self.step = step
+        line = {"step": step, "time": time.time(), "pid": os.getpid()}
         os.write(self._log, (json.dumps(line) + "\n").encode())
 
     @contextlib.contextmanager
@@ -94,7 +86,6 @@ def _restore(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 def _step(original: Callable[..., Any], loop: Any, state: Any) -> Any:
     with teller.phase("step"):
-        teller.forget()
         state = original(loop, state)
         teller.did(state.step)
     return state
@@ -108,14 +99,8 @@ def _in(phase: str) -> Callable[..., Any]:
     return wrapped
 
 
-def _getitem(original: Callable[..., Any], samples: Any, indices: Any) -> Any:
-    teller.read(indices)
-    return original(samples, indices)
-
-
 around(worker, "train", _train)
 around(worker, "restore", _restore)
 method_around(worker._Loop, "step", _step)
 method_around(worker._Loop, "evaluate", _in("evaluation"))
 method_around(worker._Loop, "save", _in("save"))
-method_around(Samples, "__getitem__", _getitem)

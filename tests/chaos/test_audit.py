@@ -15,7 +15,7 @@ from killer import Shot, hunt
 PLANTED = Path(__file__).parent / "planted"
 SHORT = {"train.steps": 12}
 FINDS = {
-    "skips_a_batch": "step 12 read samples",
+    "skips_a_batch": "step 12 was fed samples",
     "forgets_the_seeds": "step 12: {",
     "forgets_the_moments": "|exp_avg_sq differs",
     "writes_rows_twice": "metrics.jsonl has step rows of",
@@ -24,6 +24,7 @@ FINDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("bug", FINDS)
 def test_a_planted_bug_is_reported(home, unbroken, bug):
     job = Job(home, bug.replace("_", "-"), "single", SHORT, plugins=[PLANTED / f"{bug}.py"])
@@ -35,6 +36,7 @@ def test_a_planted_bug_is_reported(home, unbroken, bug):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_an_unbroken_run_has_lost_nothing_beside_itself(unbroken):
     job = unbroken("single", SHORT)
     assert audit.losses(job, job) == []

@@ -9,7 +9,7 @@ import pytest
 from job import Job
 from killer import hunt, plan_shots
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 RUNS = {
     "single": [("driver", "save"), ("rank", "restart"), ("rank", "any")],
