@@ -146,6 +146,10 @@ def _fit(trainer: Any) -> dict[str, Any]:
         if isinstance(error.cause, RaytxError):
             raise error.cause from None
         raise
+    except ray.exceptions.RayActorError as error:
+        raise RaytxError(
+            "Ray Train's controller died, and the run with it. The same command goes on from the last checkpoint"
+        ) from error
 
 
 def _judge(end: Mapping[str, Any], plan: Plan, number: int | None) -> None:

@@ -31,7 +31,7 @@ TITLES: dict[str, str] = {
     "gcs": "/gcs/gcs_server ",
 }
 """What the command lines of processes hold; ranks are told by the probe, the driver is ours."""
-ENDS_THE_COMMAND = frozenset({"driver", "raylet", "gcs"})
+ENDS_THE_COMMAND = frozenset({"driver", "controller", "raylet", "gcs"})
 """Kills after which the same command may have to be run again."""
 LONGEST_S: dict[Aim, float] = {"any": 0.15, "step": 0.03, "save": 0.08, "evaluation": 0.1, "start": 8, "restart": 1}
 """A shot comes this long after its moment at most."""

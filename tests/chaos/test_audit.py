@@ -28,7 +28,7 @@ FINDS = {
 @pytest.mark.parametrize("bug", FINDS)
 def test_a_planted_bug_is_reported(home, unbroken, bug):
     job = Job(home, bug.replace("_", "-"), "single", SHORT, plugins=[PLANTED / f"{bug}.py"])
-    found = hunt(job, [Shot("rank", step=6)])
+    found = hunt(job, [Shot("rank", step=9)])
     assert found.problems == []
     assert [hit.shot.kind for hit in found.hits] == ["rank"]
     lost = audit.losses(job, unbroken("single", SHORT))
