@@ -11,6 +11,7 @@ metrics.jsonl. Prints a Markdown table.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -24,17 +25,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from first_step import _prepared
+from contest import work
+from rich.console import Console
 from strategies import recipe
 
 from raytx.journal import FRESH, METRICS, rows
-from raytx.plan import Plan
+from raytx.plan import Plan, resolve
+from raytx.prepare import prepare
+from raytx.recipe import parse
 
 HERE = Path(__file__).parent
 EVERY = 5
 """Steps between checkpoints."""
+SAMPLES_STEPS = 8
+"""Steps of which the plain script gets the samples; it does them over and over."""
 ENDLESS = 100_000
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+"""Of the model, so that no step takes long: what is measured is how long it takes to come to one."""
 LIMIT_S = 300
 
 
@@ -59,11 +68,26 @@ def main() -> None:
         print(f"| {name} | {statistics.median(seconds):.1f} | {', '.join(f'{s:.1f}' for s in seconds)} |")
 
 
+def _prepared(storage: Path) -> Plan:
+    """Prepare the data, and leave arrays and the model's shape for the plain script."""
+    plain = _recipe(storage, "prepared", steps=SAMPLES_STEPS)
+    plan, _ = prepare(resolve(parse(plain)), Console(quiet=True))
+    whole = work(plan, 0)
+    np.savez(storage / "samples.npz", **whole.features, num_targets=whole.targets, order=whole.order)
+    (storage / "config.json").write_text(json.dumps(plain["model"]["config"]))
+    return plan
+
+
+def _recipe(storage: Path, name: str, *, steps: int) -> dict[str, Any]:
+    plain = recipe({"type": "ddp"}, storage, steps=steps, every=steps) | {"name": name, "save": {"every": EVERY}}
+    plain["model"]["config"] |= TINY
+    plain["scaling"] |= {"max_failures": 100}
+    return plain
+
+
 def raytx_train(plan: Plan, storage: Path, number: int) -> tuple[list[str], Path]:
     """Return the command and where it tells of its steps."""
-    plain = recipe({"type": "ddp"}, storage, steps=ENDLESS, every=ENDLESS)
-    plain |= {"name": f"killed{number}", "save": {"every": EVERY}}
-    plain["scaling"] |= {"max_failures": 100}
+    plain = _recipe(storage, f"killed{number}", steps=ENDLESS)
     (storage / f"killed{number}.yaml").write_text(yaml.safe_dump(plain))
     return ["-m", "raytx", "train", str(storage / f"killed{number}.yaml")], storage / f"killed{number}" / METRICS
 
