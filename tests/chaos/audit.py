@@ -20,6 +20,9 @@ from raytx.journal import LEDGER, METRICS, rows
 
 LINGER_S = 15.0
 """Processes may take so long to end after the command did."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENTS_LINGER_S = 60.0
+"""Ray's agents look now and then whether their raylet lives, and tell the GCS first, which may be dead as well."""
 CLOCKS = frozenset({"time", "seconds", "tokens_per_s", "samples_per_s"})
 """What differs between any two runs."""
 
@@ -94,8 +97,11 @@ def samples(job: Job, unbroken: Job) -> list[str]:
 
 def leftovers(job: Job, shared_memory_before: Iterable[str]) -> list[str]:
     """Return what a run that has ended left behind: processes, shared memory, half-written checkpoints."""
-    deadline = time.monotonic() + LINGER_S
-    while (left := job.processes()) and time.monotonic() < deadline:
+    ended = time.monotonic()
+    while left := job.processes():
+        limit = AGENTS_LINGER_S if all(line.startswith(AGENTS) for line in left.values()) else LINGER_S
+        if time.monotonic() > ended + limit:
+            break
         time.sleep(0.2)
     found = [f"{job.name}: process {pid} is left: {line.strip()[:80]}" for pid, line in left.items()]
     new = shared_memory() - set(shared_memory_before)
