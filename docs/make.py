@@ -168,7 +168,7 @@ def _runs() -> list[dict[str, Any]]:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "strategies.md": {"compatibility": compatibility, "differences": differences, "settings": settings},
-    "reliability-kills.part.md": {
+    "reliability.md": {
         "kills": kills,
         "kills by phase": kills_by_phase,
         "kills by strategy": kills_by_strategy,

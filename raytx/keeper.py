@@ -58,7 +58,7 @@ class Keeper:
             begun = ray.get(self._supervisor.join.remote(self._group, self._rank, self._world_size, self._place()))
             if not begun["attempt"]:
                 return {"ordered": begun["ordered"]}
-            end = self._attempt(begun["attempt"], begun["meeting_point"])
+            end = self._attempt(begun)
             told = self._supervisor.ended.remote(self._group, begun["attempt"], self._rank, asdict(end))
             verdict: dict[str, Any] = ray.get(told)
             if not verdict["again"]:
@@ -73,22 +73,24 @@ class Keeper:
             "keeper": ray.get_runtime_context().current_actor,
         }
 
-    def _attempt(self, number: int, meeting_point: str) -> End:
+    def _attempt(self, begun: Mapping[str, Any]) -> End:
         """Have a rank process, and watch it to its end."""
+        number = begun["attempt"]
         directory = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=self._directory))  # a new supervisor counts anew
         path = ray.get(self._supervisor.nursery.remote(self._node_id))
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
             connection.connect(path)
             channel = Channel(connection)
-            channel.send(self._job(meeting_point, directory))
+            channel.send(self._job(begun, directory))
             return Watch(channel, directory, self._line(number), self._config["grace_s"]).run()
 
-    def _job(self, meeting_point: str, directory: Path) -> dict[str, Any]:
+    def _job(self, begun: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         return {
             "plan": self._config["plan"],
             "rank": self._rank,
             "world_size": self._world_size,
-            "meeting_point": meeting_point,
+            "meeting_point": begun["meeting_point"],
+            "saved": begun["saved"],
             "backend": self._config["backend"],
             "timeout_s": self._config["timeout_s"],
             "directory": str(directory),

@@ -50,6 +50,8 @@ class Job:
     """Where pulse and stacks of this process are."""
     environment: dict[str, str]
     node: str
+    saved: int = 0
+    """Step of a checkpoint that was on disk in an earlier attempt."""
 
     @property
     def pulse(self) -> Path:
@@ -116,6 +118,7 @@ def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
             report=lambda metrics: channel.send({"report": dict(metrics)}),
             node=job.node,
             order=orders.latest,
+            saved=job.saved,
         )
         state = worker.train(plan, session)
     rendezvous.part()

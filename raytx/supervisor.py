@@ -22,6 +22,8 @@ from raytx.pulse import Pulse
 from raytx.supervision import Attempt, End, Supervision, Verdict
 from raytx.worker import Order, Record
 
+SAVED = {"checkpoint", "resumed"}
+"""Records that tell of a checkpoint on disk."""
 QUEUE_LIMIT = 10_000
 """Records that may wait for the driver; more are dropped, oldest first."""
 JUDGE_EVERY_S = 1.0
@@ -45,7 +47,7 @@ class Supervisor:
         self._group = ""
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._order = Order()
-        self._saves = 0
+        self._saved = 0
         self._last_calls: dict[str, float] = {}
         self._stacks: dict[int, str] | None = None
         self._verdict: Verdict | None = None
@@ -65,13 +67,14 @@ class Supervisor:
 
     async def save(self, within_s: float) -> bool:
         """Have the ranks save now; return whether they did within the time. They train on meanwhile and after."""
-        attempt, before = self._state.attempt, self._saves
+        attempt = self._state.attempt
+        step = attempt.step if attempt else 0  # what is committed next may be a save from before the order
         await self.order("save")
         async with self._changed:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(within_s):
-                    await self._changed.wait_for(lambda: self._saves > before or attempt is None or attempt.over)
-        return self._saves > before
+                    await self._changed.wait_for(lambda: self._saved >= step or attempt is None or attempt.over)
+        return self._saved >= step
 
     async def resize(self, within_s: float) -> bool:
         """Have the ranks save, as Ray Train is about to replace them; return whether they did within the time."""
@@ -135,7 +138,8 @@ class Supervisor:
         attempt = self._state.attempt
         if attempt is None or rank not in attempt.places:
             return {"attempt": 0, "ordered": False}
-        return {"attempt": attempt.number, "meeting_point": attempt.places[0]["meeting_point"]}
+        meeting_point = attempt.places[0]["meeting_point"]
+        return {"attempt": attempt.number, "meeting_point": meeting_point, "saved": self._saved}
 
     def _current(self, group: str, number: int) -> Attempt | None:
         attempt = self._state.attempt
@@ -161,8 +165,8 @@ class Supervisor:
     ) -> dict[str, Any]:
         """Take a rank's pulse and records; return what its keeper is to do."""
         self._records = (self._records + records)[-QUEUE_LIMIT:]
-        if any(record["kind"] == "checkpoint" for record in records):
-            self._saves += 1
+        if saved := [record["step"] for record in records if record["kind"] in SAVED]:
+            self._saved = max(saved)
             async with self._changed:
                 self._changed.notify_all()
         attempt = self._current(group, number)

@@ -56,6 +56,8 @@ class Session:
     """Where this rank runs, for people."""
     order: Callable[[], Order] = Order
     """Return the latest order that reached this rank; ranks may hear it at different moments."""
+    saved: int = 0
+    """Step of a checkpoint that is known to have been committed: a run that has lost it must not begin anew."""
 
 
 def train(plan: Plan, session: Session) -> State:
@@ -111,6 +113,11 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
         gather=engine.gather,
     )
     if source is None:
+        if session.saved:
+            raise TrainingError(
+                f"{plan.run_dir}: held a checkpoint of step {session.saved}, and now none that is whole. Is the storage "
+                "still there? Bring it back and run the same command again"
+            )
         return State()
     engine.load_tensors(source.read, step=source.step - source.state.nonfinite)
     engine.load_scalars(source.state.scalars)

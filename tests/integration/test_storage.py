@@ -95,3 +95,10 @@ def test_keys_that_need_held_out_samples_are_refused_where_there_are_none(recipe
     run = recipe("nothing-held-out", **values).override({"data.split.test": 0.0})
     with pytest.raises(RaytxError, match="needs held-out samples"):
         prepare(resolve(run), Console(quiet=True))
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(recipe, tmp_path):
+    plan, _ = prepare(resolve(recipe("vanished", storage_path=str(tmp_path), train__steps=4)), Console(quiet=True))
+    with pytest.raises(TrainingError, match="held a checkpoint of step 2, and now none that is whole"):
+        worker.train(plan, replace(session([]), saved=2))
+    assert not checkpoint.complete(plan.run_dir)
