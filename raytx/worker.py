@@ -115,8 +115,8 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
     if source is None:
         if session.saved:
             raise TrainingError(
-                f"{plan.run_dir}: held a checkpoint of step {session.saved}, and now none that is whole. Is the storage "
-                "still there? Bring it back and run the same command again"
+                f"{plan.run_dir}: held a checkpoint of step {session.saved}, and now none that is whole. Is the "
+                "storage still there? Bring it back and run the same command again"
             )
         return State()
     engine.load_tensors(source.read, step=source.step - source.state.nonfinite)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from raytx import checkpoint, worker
-from raytx.errors import RaytxError
+from raytx.errors import RaytxError, TrainingError
 from raytx.plan import resolve
 from raytx.prepare import prepare
 
