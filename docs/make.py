@@ -123,8 +123,8 @@ def kills_by_phase() -> str:
 
 
 def kills_by_strategy() -> str:
-    """A row for each strategy: runs and kills, and in how many of them anything was lost."""
-    lines = [_row("strategy", "runs", "kills", "runs that lost anything"), _row("---", *["--:"] * 3)]
+    """A row for each strategy: runs and kills, and in how many of them anything was lost, or left behind."""
+    lines = [_row("strategy", "runs", "kills", "runs that lost or left anything"), _row("---", *["--:"] * 3)]
     for strategy in dict.fromkeys(run["strategy"] for run in _runs()):
         runs = [run for run in _runs() if run["strategy"] == strategy]
         lost = sum(bool(run["problems"]) for run in runs)
