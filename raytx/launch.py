@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from raytx import cluster, ray_internals, status
@@ -40,9 +41,13 @@ def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Conso
     """
     assert plan.steps is not None
     _configure()
-    supervisor = Supervisor.remote(_settings(plan))  # type: ignore[attr-defined]
+    here = ray.get_runtime_context().get_node_id()
+    beside_the_driver = NodeAffinitySchedulingStrategy(here, soft=True)
+    supervisor = Supervisor.options(  # type: ignore[attr-defined]
+        scheduling_strategy=beside_the_driver
+    ).remote(_settings(plan))
     if cluster.started_here():  # libraries load while Ray Train starts
-        supervisor.warm.remote(ray.get_runtime_context().get_node_id())
+        supervisor.warm.remote(here)
     with Display(total_steps=plan.steps, console=console) as display, _relayed(supervisor, display, plan.run_dir):
         end, number = _interruptible(lambda: _fit(_trainer(plan, supervisor, callbacks)), supervisor, console)
     _judge(end, plan, number)
