@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytx import checkpoint
 from raytx.artifact import Golden
-from raytx.checkpoint import Checkpoint, State, commit
+from raytx.checkpoint import Checkpoint, State
 from raytx.consolidate import Stored, consolidate
 from raytx.errors import CheckpointError, RecipeError
 from raytx.export import export
 from raytx.plan import Plan, resolve
 from raytx.prepare import prepare
+from raytx.saving import Saver
 
 BPE = {"train": "bpe", "vocab_size": 320}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
@@ -63,7 +64,10 @@ def committed(recipe):
         engine = Still((name, array) for name, array in trained(structure, weights) if name != without)
         golden = Golden({"attention_mask": np.ones((1, 2), np.int64)}, np.zeros((1, 2), np.float32))
         state = State(step=7, metrics={"loss": 1.5})
-        return commit(engine, plan.run_dir, rank=0, plan=plan, state=state, golden=golden, demo=[])
+        saver = Saver(engine, plan, rank=0, promised={}, log=lambda record: None, flush=lambda: None)
+        saver.begin(state, golden=golden, demo=[])
+        saver.wait()
+        return checkpoint.directory_of(plan.run_dir, state.step)
 
     return make
 
