@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from raytx import checkpoint
+from raytx import checkpoint, saving
 from raytx.artifact import Golden
 from raytx.checkpoint import Checkpoint, State
 from raytx.consolidate import Stored, consolidate
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_refused_and_nothing_is_left
 
 
 def test_a_checkpoint_in_many_files_is_one_model(committed, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
     source = committed("pieces")
     assert len(list(source.glob("weights-*"))) > 2
     assert_same(opened(consolidate(source, tmp_path / "out").directory), whole(source))
