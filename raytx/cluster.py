@@ -226,6 +226,8 @@ def _start(*, dashboard: bool, verbose: bool, num_cpus: int | None) -> None:
 
 _LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # a control process that died does not come back; without it the run ends, so sooner rather than after a minute
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     # gloo listens on the address of the host's name unless it is told otherwise
     "GLOO_SOCKET_IFNAME": "lo0" if os.uname().sysname == "Darwin" else "lo",
 }
