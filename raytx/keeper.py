@@ -154,13 +154,14 @@ class Watch:
         next_beat = 0.0
         while True:
             try:
-                self._take(self._channel.receive(timeout_s=max(0.0, next_beat - time.monotonic())))
-            except TimeoutError:
-                self._tell()
-                next_beat = time.monotonic() + BEAT_S
+                with contextlib.suppress(TimeoutError):
+                    self._take(self._channel.receive(timeout_s=max(0.0, next_beat - time.monotonic())))
             except EOFError:
                 self._tell()
                 return self._end or self._lost()
+            if time.monotonic() >= next_beat:
+                self._tell()
+                next_beat = time.monotonic() + BEAT_S
             if time.monotonic() > self._deadline:
                 self._kill()
 
