@@ -7,11 +7,13 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytx import __version__
-from raytx.errors import RaytxError, RecipeError, StoppedError, did_you_mean
+from raytx.errors import RaytxError, RecipeError, StoppedError, Terminated, did_you_mean
 
 if TYPE_CHECKING:
     from raytx.plan import Plan
@@ -35,6 +37,7 @@ VERBOSE = click.option("--verbose", is_flag=True, help="Let Ray's and DeepSpeed'
 
 def main() -> None:
     """Run the command line; what a user can mend ends with one message and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         commands(standalone_mode=False)
     except click.ClickException as error:
@@ -54,9 +57,14 @@ def main() -> None:
         place = f": {error.filename}" if error.filename else ""
         Console(stderr=True).print(f"error {error.strerror}{place}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, click.exceptions.Abort) as stop:
         Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
+        told_to_end = isinstance(stop.__cause__, Terminated)  # click makes an Abort of every interruption
+        sys.exit(128 + (signal.SIGTERM if told_to_end else signal.SIGINT))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def _console() -> Console:

@@ -11,8 +11,10 @@ import contextlib
 import math
 import os
 import secrets
+import signal
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,10 +56,11 @@ def connect(
     if not verbose:
         ray_internals.quiet()
     address = address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
-        _join(address, verbose=verbose)
-    else:
-        _start(dashboard=dashboard, verbose=verbose, num_cpus=num_cpus)
+    with _own_handler(signal.SIGTERM):
+        if address and address != "local":
+            _join(address, verbose=verbose)
+        else:
+            _start(dashboard=dashboard, verbose=verbose, num_cpus=num_cpus)
 
 
 def started_here() -> bool:
@@ -163,6 +166,17 @@ def node_name(address: str, node_id: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ connect
+
+
+@contextlib.contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """Put a signal's handler back after the block: Ray's exits with the signal's bare number, and cleans nothing up."""
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, before)
 
 
 def _join(address: str, *, verbose: bool) -> None:

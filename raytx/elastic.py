@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util import placement_group_table
 
 from raytx import cluster, ray_internals
-from raytx.errors import ResourceError
+from raytx.errors import ResourceError, StoppedError
 
 RESIZE_INTERVAL_S = 15.0
 """Seconds between looks at whether more workers would have room. A look costs a few milliseconds."""
@@ -34,14 +35,20 @@ ANSWER_TIMEOUT_S = 1.0
 
 
 def make_elastic(
-    trainer: Any, sizes: Sequence[int], *, wait_s: float = math.inf, tell: Callable[[str], object] = lambda text: None
+    trainer: Any,
+    sizes: Sequence[int],
+    *,
+    wait_s: float = math.inf,
+    tell: Callable[[str], object] = lambda text: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Let a Ray Train trainer, whose scaling config has a range of workers, run on these numbers of them only.
 
     `tell` hears, in Ray Train's controller, that the run waits for nodes or changes its size. When there was no room
-    for the smallest size for `wait_s` seconds, the run ends with a ResourceError.
+    for the smallest size for `wait_s` seconds, the run ends with a ResourceError; when `stopped` says meanwhile that it
+    was told to end, with a StoppedError.
     """
-    run, policy = trainer._initialize_and_run_controller, Sizes(trainer.scaling_config, sizes, tell, wait_s)
+    run, policy = trainer._initialize_and_run_controller, Sizes(trainer.scaling_config, sizes, tell, wait_s, stopped)
     trainer._initialize_and_run_controller = lambda **given: run(**given | {"scaling_policy": policy})
 
 
@@ -57,9 +64,10 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
         sizes: Sequence[int],
         tell: Callable[[str], object],
         wait_s: float = math.inf,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(scaling_config)
-        self._sizes, self._tell, self._wait_s = tuple(sizes), tell, wait_s
+        self._sizes, self._tell, self._wait_s, self._stopped = tuple(sizes), tell, wait_s, stopped
         self._group: Any = None
         self._waits_since: float | None = None
         self._next_word = 0.0
@@ -74,6 +82,8 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
 
     def _wait(self) -> None:
         """Say from time to time what is waited for; raise ResourceError when that took too long."""
+        if self._stopped():
+            raise StoppedError("told to end while waiting for nodes", exit_code=128 + signal.SIGTERM)
         now = time.monotonic()
         self._waits_since = now if self._waits_since is None else self._waits_since
         left = self._waits_since + self._wait_s - now

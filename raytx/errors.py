@@ -39,6 +39,10 @@ class StoppedError(RaytxError):
         """128 and the signal's number, as shells have it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where nothing handles it otherwise; whatever cleans up after Ctrl-C does so after this, too."""
+
+
 class CheckpointError(RaytxError):
     """A checkpoint is incomplete, damaged or belongs to another plan."""
 

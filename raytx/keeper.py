@@ -148,6 +148,7 @@ class Watch:
         self._ordered, self._deadline = 0, float("inf")
         self._asked_at = time.monotonic()
         self._killed, self._dumped = False, False
+        self._why = self._late = ""
 
     def run(self) -> End:
         """Return how the process ended."""
@@ -163,7 +164,7 @@ class Watch:
                 self._tell()
                 next_beat = time.monotonic() + BEAT_S
             if time.monotonic() > self._deadline:
-                self._kill()
+                self._kill(self._late)
 
     def _take(self, message: Mapping[str, Any]) -> None:
         match message:
@@ -185,7 +186,7 @@ class Watch:
     def _exited(self, code: int, peak_bytes: int) -> End:
         """Return the end of a process that did not say why."""
         if self._killed:
-            return End("ended", at=time.time())
+            return End("ended", self._why, time.time())
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         hint = ", somebody's or the kernel's for want of memory" if code == -signal.SIGKILL else ""
         stacks = self._stacks() if -code in CRASHES else ""
@@ -194,7 +195,9 @@ class Watch:
         )
 
     def _lost(self) -> End:
-        return End("ended" if self._killed else "killed", "is gone, and the process that forked it", time.time())
+        if self._killed:
+            return End("ended", self._why, time.time())
+        return End("killed", "is gone, and the process that forked it", time.time())
 
     def _tell(self) -> None:
         """Pass pulse and records on; do what the answer wants."""
@@ -224,10 +227,11 @@ class Watch:
         if order["kind"] == "stop":
             nothing_to_save = seen.phase in {"start", "restore"}
             self._deadline = time.monotonic() + (0 if nothing_to_save else self._grace_s)
+            self._late = "" if nothing_to_save else f"had not saved within scaling.grace_s={self._grace_s:g} s"
 
-    def _kill(self) -> None:
+    def _kill(self, why: str = "") -> None:
         if self._pid is not None and self._end is None:
-            self._killed = True
+            self._killed, self._why = True, self._why or why
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 

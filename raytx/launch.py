@@ -113,7 +113,13 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
             ],
         ),
     )
-    make_elastic(trainer, plan.sizes, wait_s=scaling.wait_s, tell=supervisor.remark.remote)
+    make_elastic(
+        trainer,
+        plan.sizes,
+        wait_s=scaling.wait_s,
+        tell=supervisor.remark.remote,
+        stopped=lambda: ray.get(supervisor.told_to_end.remote()),
+    )
     return trainer
 
 
@@ -148,6 +154,8 @@ def _fit(trainer: Any) -> dict[str, Any]:
     except TrainingFailedError as error:
         raise RaytxError(f"Ray Train gave up: {error}") from error
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StoppedError):  # while it waited for room
+            return {}
         if isinstance(error.cause, RaytxError):
             raise error.cause from None
         raise
@@ -176,8 +184,9 @@ def _judge(end: Mapping[str, Any], plan: Plan, number: int | None) -> None:
 
 def _farewell(step: int | None, number: int | None) -> str:
     why = signal.Signals(number).name if number else "an order"
-    where = "before it had anything new to save" if step is None else f"at step {step}, with a checkpoint of it"
-    return f"stopped by {why} {where}; the same command goes on from there"
+    if step is None:
+        return f"stopped by {why}, with nothing saved since the last checkpoint; the same command goes on from there"
+    return f"stopped by {why} at step {step}, with a checkpoint of it; the same command goes on from there"
 
 
 class TellFailures(UserCallback):  # type: ignore[misc]

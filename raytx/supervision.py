@@ -69,6 +69,7 @@ class Verdict:
     """What follows when an attempt is over."""
 
     again: bool
+    """Whether the keepers are to ask for another attempt; they get none where the run was told to end."""
     end: End = field(default_factory=lambda: End("done"))
     rank: int = 0
 
@@ -86,6 +87,8 @@ class Supervision:
     ) -> None:
         self._max_failures, self._stall_s, self._tell, self._clock = max_failures, stall_s, tell, clock
         self.failures = 0
+        self.told_to_end = False
+        """Whether the run is to end: what follows then is no failure of its own."""
         self.attempt: Attempt | None = None
         self._errors_at: tuple[int, int] = (-1, 0)
         """The step at which the last error came, and how many came there in a row."""
@@ -122,6 +125,10 @@ class Supervision:
             end = End("killed", attempt.stalled)
         if end.kind == "stopped":
             return Verdict(again=False, end=end, rank=rank)
+        if self.told_to_end:
+            if end.kind != "ended" or end.text:
+                self._tell(f"{gist(rank, end)}; the run was told to end, so it is not started anew")
+            return Verdict(again=True, end=end, rank=rank)
         again = self._counts(end, attempt.step)
         then = f"starting anew from the last checkpoint ({self._left()})" if again else self._why_not(end)
         self._tell(f"{'stalled' if attempt.stalled else gist(rank, end)}; {then}")
@@ -220,4 +227,4 @@ def cause(ends: Mapping[int, End]) -> tuple[int, End]:
 def gist(rank: int, end: End) -> str:
     """Return how a rank ended, in a line."""
     lines = end.text.strip().splitlines() or [end.kind]
-    return f"rank {rank} {lines[0] if end.kind == 'killed' else f'failed ({lines[-1].strip()})'}"
+    return f"rank {rank} {lines[0] if end.kind in ('killed', 'ended') else f'failed ({lines[-1].strip()})'}"

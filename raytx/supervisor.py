@@ -91,9 +91,17 @@ class Supervisor:
         return [node for node, left in free.items() if all(left.get(name, 0.0) >= one[name] for name in one)]
 
     async def order(self, kind: str) -> None:
-        """Have the ranks save, or save and end."""
+        """Have the ranks save, or save and end; those that have not begun need not."""
         if self._order.kind != "stop":
             self._order = Order(self._order.number + 1, kind)  # type: ignore[arg-type]
+        if kind == "stop":
+            self._state.told_to_end = True
+            async with self._changed:
+                self._waiting = {}
+                self._changed.notify_all()
+
+    async def told_to_end(self) -> bool:
+        return self._state.told_to_end
 
     async def lost(self, text: str) -> None:
         """Take note that Ray Train lost workers, in words."""
@@ -108,17 +116,18 @@ class Supervisor:
     async def join(self, group: str, rank: int, world_size: int, place: Mapping[str, Any]) -> dict[str, Any]:
         """Wait until all ranks of a group have come; return the attempt that they begin together."""
         self._watch = self._watch or asyncio.create_task(self._watched())
-        if self._order.kind == "stop":
+        if self._state.told_to_end:
             return {"attempt": 0, "ordered": True}
         if group > self._group:
             self._group, self._waiting = group, {}
+        before = self._state.attempt.number if self._state.attempt else 0
         self._waiting[rank] = place
         async with self._changed:
             self._changed.notify_all()
             if len(self._waiting) == world_size:
                 self._begin(world_size)
             await self._changed.wait_for(lambda: rank not in self._waiting or group != self._group)
-        return self._told(rank)
+        return self._told(group, after=before)
 
     def _begin(self, world_size: int) -> None:
         attempt = self._state.begin(world_size, self._waiting)
@@ -134,10 +143,11 @@ class Supervisor:
             return rendezvous.in_file(Path(self._settings["directory"]), f"rendezvous-{uuid.uuid4().hex}")
         return rendezvous.at(first["address"], first["port"])
 
-    def _told(self, rank: int) -> dict[str, Any]:
+    def _told(self, group: str, *, after: int) -> dict[str, Any]:
+        """Return the attempt that has begun since then; or that none will for this group, and whether by order."""
         attempt = self._state.attempt
-        if attempt is None or rank not in attempt.places:
-            return {"attempt": 0, "ordered": False}
+        if attempt is None or attempt.number <= after or group != self._group:
+            return {"attempt": 0, "ordered": self._state.told_to_end}
         meeting_point = attempt.places[0]["meeting_point"]
         return {"attempt": attempt.number, "meeting_point": meeting_point, "saved": self._saved}
 

@@ -1,0 +1,93 @@
+"""A run that is told to end does so within its grace, whatever it is doing, with a checkpoint of its last step.
+
+RAYTX_CHAOS_LONG=1 tells it by SIGTERM and by Ctrl-C in each phase; without it, by one of them in each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Command, Home, assert_nothing_left, memory_left, swept
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+GRACE_S = 20.0
+TAKEN_DOWN_S = 12.0
+"""For Ray Train to end a group that is done, and for a local cluster to end, on a machine that does other things too."""
+AT_ONCE_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Home]:
+    directory = Path(tempfile.mkdtemp(prefix="rx", dir="/tmp"))
+    with swept(Home(directory)) as found:
+        yield found
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How a run is brought into a phase, and what it must have saved when it was told to end there."""
+
+    reach: Callable[[Command], Any]
+    model: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    saves: bool = True
+    """Whether there is anything to save: the step that was the last then."""
+
+
+def noted(name: str) -> Callable[[Command], Any]:
+    return lambda run: run.until(lambda: (run.notes / name).exists(), what=name)
+
+
+def killed(run: Command) -> None:
+    """Have a rank killed, and wait until the run has noticed."""
+    run.reach(12)
+    os.kill(run.pids()[1], signal.SIGKILL)
+    run.until(lambda: "rank 1 was ended by SIGKILL" in run.output, what="a restart")
+
+
+PHASES = {
+    "start-up": Phase(noted("start"), {"start_s": 60.0}, saves=False),
+    "first step": Phase(noted("first"), {"first_s": 5}),
+    "step": Phase(lambda run: run.reach(5), {"step_s": 0.05}),
+    "evaluation": Phase(noted("evaluation"), {"evaluation_s": 3}, {"evaluate__every": 5}),
+    "save": Phase(noted("write"), {"write_s": 3, "step_s": 0.05}, {"save__every": 5}),
+    "restart": Phase(killed, {"step_s": 0.05}, {"save__every": 10}, saves=False),
+}
+BOTH = [(phase, number) for phase in PHASES for number in CODES]
+ONE_EACH = list(zip(PHASES, (signal.SIGTERM, signal.SIGINT) * len(PHASES), strict=False))
+
+
+@pytest.mark.parametrize(("name", "number"), BOTH if LONG else ONE_EACH, ids=lambda value: getattr(value, "name", value))
+def test_a_run_that_is_told_to_end_has_saved_its_last_step_within_its_grace(
+    home: Home, name: str, number: signal.Signals
+) -> None:
+    phase = PHASES[name]
+    before = memory_left()
+    values = {"train__steps": 5000, "scaling__grace_s": GRACE_S} | phase.values
+    run = Command(home, home.recipe(f"{name.replace(' ', '-')}-{number.name}", model=phase.model, **values)).start()
+    phase.reach(run)
+    told = run.tell(number)
+    assert run.wait() == CODES[number], run.output[-3000:]
+    assert time.monotonic() - told < GRACE_S + TAKEN_DOWN_S
+    assert "Traceback" not in run.output
+    assert "starting anew" not in run.output.partition("saving a checkpoint, then stopping")[2]
+    assert "goes on from there" in run.output
+    if phase.saves:
+        assert run.saved() == run.step > 0
+        assert f"at step {run.step}, with a checkpoint of it" in run.output
+    else:
+        assert "with nothing saved since the last checkpoint" in run.output
+    assert_nothing_left(home)
+    assert not memory_left() - before
