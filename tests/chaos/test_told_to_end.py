@@ -91,3 +91,31 @@ def test_a_run_that_is_told_to_end_has_saved_its_last_step_within_its_grace(
         assert "with nothing saved since the last checkpoint" in run.output
     assert_nothing_left(home)
     assert not memory_left() - before
+
+
+def test_a_run_that_exports_when_it_is_told_to_end_has_nothing_more_to_save(home: Home) -> None:
+    exports = [{"type": "slow-export", "notes": str(home.directory / "notes" / "export")}]
+    run = Command(home, home.recipe("export", train__steps=4, export=exports)).start()
+    noted("export")(run)
+    told = run.tell(signal.SIGTERM)
+    assert run.wait() == 143, run.output[-3000:]
+    assert time.monotonic() - told < AT_ONCE_S
+    assert run.saved() == run.step == 4
+    assert "Traceback" not in run.output
+    assert "the same command goes on from the last checkpoint" in run.output
+    assert_nothing_left(home)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_its_last_checkpoint(home: Home) -> None:
+    values = {"train__steps": 5000, "save__every": 5, "scaling__grace_s": 300}
+    run = Command(home, home.recipe("twice", model={"write_s": 0.5, "step_s": 2.0}, **values)).start()
+    run.reach(8)
+    run.tell(signal.SIGINT)
+    run.until(lambda: "Ctrl-C once more stops at once" in run.output, what="the first one's answer")
+    told = run.tell(signal.SIGINT)
+    assert run.wait() == 130, run.output[-3000:]
+    assert time.monotonic() - told < AT_ONCE_S
+    assert run.saved() == 5
+    assert "Traceback" not in run.output
+    assert_nothing_left(home)
+
