@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from raytx import pulse
 from raytx.batches import Batches
 from raytx.components import Engine, Microbatch
 
@@ -31,6 +32,7 @@ def culprits(engine: Engine, batches: Batches, microbatches: Sequence[Microbatch
 
 
 def _fine(engine: Engine, microbatch: Microbatch) -> bool:
+    pulse.phase("evaluation")  # together they may take many times as long as a step
     return math.isfinite(engine.eval_batch(microbatch, logits=False)[0])
 
 

@@ -22,7 +22,7 @@ SLOW = frozenset({"start", "restore", "checkpoint", "end"})
 """Phases that may be long by nature: libraries load, storage is slow."""
 WINDOW = 21
 """Steps whose median is the usual one."""
-_LAYOUT = struct.Struct("<QqQdd")
+_LAYOUT = struct.Struct("<QqQddd")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Pulse:
     """Seconds since the phase was entered."""
     step_s: float = 0.0
     """Median seconds of the last steps; 0 before the first is done."""
+    longest_s: float = 0.0
+    """Longest stay in this phase before the present one; 0 where there was none."""
     stopped: bool = False
     """Whether the process is stopped, by SIGSTOP or a debugger; its keeper looks, as it cannot tell itself."""
 
@@ -52,11 +54,17 @@ class Pen:
         self._beats = self._step = 0
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._median = 0.0
+        self._phase, self._entered = PHASES[0], time.monotonic()
+        self._longest = dict.fromkeys(PHASES, 0.0)
         self.enter(PHASES[0])
 
     def enter(self, phase: str) -> None:
+        now = time.monotonic()
+        self._longest[self._phase] = max(self._longest[self._phase], now - self._entered)
+        self._phase, self._entered = phase, now
         self._beats += 1
-        _LAYOUT.pack_into(self._map, 0, self._beats, self._step, PHASES.index(phase), time.monotonic(), self._median)
+        place = PHASES.index(phase)
+        _LAYOUT.pack_into(self._map, 0, self._beats, self._step, place, now, self._median, self._longest[phase])
 
     def stepped(self, step: int, seconds: float) -> None:
         """Note that an update is done, and how long it took."""
@@ -91,7 +99,7 @@ def read(path: Path) -> Pulse:
     data = path.read_bytes() if path.is_file() else b""
     if len(data) < _LAYOUT.size:
         return Pulse()
-    beats, step, place, at, median = _LAYOUT.unpack(data)
+    beats, step, place, at, median, longest = _LAYOUT.unpack(data)
     if not beats:
         return Pulse()
-    return Pulse(beats, step, PHASES[place % len(PHASES)], max(0.0, time.monotonic() - at), median)
+    return Pulse(beats, step, PHASES[place % len(PHASES)], max(0.0, time.monotonic() - at), median, longest)

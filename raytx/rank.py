@@ -29,7 +29,7 @@ from raytx.plan import Plan
 from raytx.worker import Order, Record
 
 QUEUE_LIMIT = 10_000
-"""Records that may wait to be written; more are dropped rather than slow a step down."""
+"""Records that may wait to be written; more are dropped rather than slow a step down, except for the ledger's."""
 FLUSH_S = 0.2
 FLUSH_LIMIT_S = 10.0
 PARENT_EVERY_S = 1.0
@@ -167,8 +167,9 @@ class Writer:
             self._thread.join(timeout=FLUSH_LIMIT_S)
 
     def log(self, record: Record) -> None:
+        """Take a record, or drop it where too many wait; but a row of the ledger is waited for, as it is a proof."""
         with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(record)
+            self._waiting.put(record, block=record["kind"] == FED)
 
     def flush(self) -> None:
         """Wait until what was logged so far is on disk, but not for a disk that does not answer."""

@@ -165,6 +165,7 @@ class Saver:
 
     def _give_up(self, save: _Save, why: str) -> NoReturn:
         """Let every rank stop writing, remove what is there and stop the run."""
+        pulse.phase("checkpoint")  # storage that does not answer is waited for
         save.stop()
         self._engine.gather(None)  # nobody writes any more
         if self._rank == 0:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from raytx.pulse import SLOW, Pulse
 
 STALL_STEPS = 5
-"""Trailing median steps without progress that are a stall, where that is longer than the limit."""
+"""Trailing median steps, or longest stays in evaluation so far, that are a stall where that is longer than the limit."""
 SLOW_LIMITS = 20
 """Limits that may pass in a phase that is long by nature."""
 SILENCE_S = 10.0
@@ -52,6 +52,8 @@ class Attempt:
     """What each keeper told of where it is."""
     pulses: dict[int, tuple[float, Pulse]] = field(default_factory=dict)
     """The last pulse of each rank, and when it came, by this process's clock."""
+    stopped: dict[int, float] = field(default_factory=dict)
+    """Since when each rank whose process is stopped has been found so at every look."""
     ends: dict[int, End] = field(default_factory=dict)
     over: bool = False
     leaving: bool = False
@@ -102,7 +104,11 @@ class Supervision:
 
     def beat(self, rank: int, pulse: Pulse) -> None:
         assert self.attempt is not None
-        self.attempt.pulses[rank] = (self._clock(), pulse)
+        attempt, now = self.attempt, self._clock()
+        attempt.pulses[rank] = (now, pulse)
+        attempt.stopped = {**({rank: now} if pulse.stopped else {}), **attempt.stopped}
+        if not pulse.stopped:
+            attempt.stopped.pop(rank, None)
 
     def ended(self, rank: int, end: End) -> None:
         assert self.attempt is not None
@@ -202,11 +208,18 @@ class Supervision:
         ]
 
     def limit(self, pulses: list[Pulse]) -> float:
-        """Return how long a group in these phases may go without progress, in seconds."""
+        """Return how long a group in these phases may go without progress, in seconds.
+
+        A first step, or batch of an evaluation, compiles kernels. A process that stays stopped does nothing slowly.
+        """
+        assert self.attempt is not None
         assert self._stall_s is not None
-        usual = max(self._stall_s, STALL_STEPS * max((pulse.step_s for pulse in pulses), default=0.0))
-        slow = any(pulse.phase in SLOW or not pulse.step_s for pulse in pulses)  # a first step compiles kernels
-        return usual * SLOW_LIMITS if slow else usual
+        stays = [pulse.longest_s for pulse in pulses if pulse.phase == "evaluation"]
+        usual = max([self._stall_s, *(STALL_STEPS * seconds for seconds in (*stays, *(p.step_s for p in pulses)))])
+        slow = any(pulse.phase in SLOW or not pulse.step_s for pulse in pulses) or 0.0 in stays
+        if slow and all(self._clock() - since < usual for since in self.attempt.stopped.values()):
+            return usual * SLOW_LIMITS
+        return usual
 
 
 def missing(pulses: Mapping[int, Pulse]) -> int:

@@ -116,8 +116,8 @@ class Supervisor:
     async def join(self, group: str, rank: int, world_size: int, place: Mapping[str, Any]) -> dict[str, Any]:
         """Wait until all ranks of a group have come; return the attempt that they begin together."""
         self._watch = self._watch or asyncio.create_task(self._watched())
-        if self._state.told_to_end:
-            return {"attempt": 0, "ordered": True}
+        if self._state.told_to_end or group < self._group:  # the latter was cut off, and others are in its place
+            return {"attempt": 0, "ordered": self._state.told_to_end}
         if group > self._group:
             self._group, self._waiting = group, {}
         before = self._state.attempt.number if self._state.attempt else 0

@@ -47,7 +47,7 @@ class Session:
 
     rank: int
     log: Callable[[Record], None]
-    """Take a record for metrics.jsonl; must not block. Called on rank 0 only."""
+    """Take a record for metrics.jsonl; must not block, except for the ledger's. Called on rank 0 only."""
     flush: Callable[[], None]
     """Return when what was logged is on disk. Called on rank 0 only, before a checkpoint, from a thread."""
     report: Callable[[dict[str, float]], None]
@@ -223,7 +223,6 @@ class _Loop:
 
     def leave_out(self, state: State, metrics: Record, microbatches: list[Microbatch]) -> State:
         """Count a step that has updated nothing, and say where that came from; raise TrainingError past the limit."""
-        pulse.phase("evaluation")
         state, limit = replace(state, nonfinite=state.nonfinite + 1), self.plan.recipe.train.max_nonfinite
         found = nonfinite.culprits(self.engine, self.batches, microbatches)
         samples = self.batches.indices(state.step - 1).tolist()

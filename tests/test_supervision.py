@@ -200,3 +200,48 @@ def test_a_stalled_attempt_is_begun_anew():
     run.state.attempt.stalled = "rank 1 is missing"
     assert run.ends(End("ended"), End("ended")).again
     assert run.told == ["stalled; starting anew from the last checkpoint (restart 1 of at most 3)"]
+
+
+def test_a_process_that_stays_stopped_in_a_long_phase_is_not_waited_for_as_if_it_were_slow():
+    run = Run()
+    stuck = replace(BUSY, phase="checkpoint", age_s=31.0, stopped=True)
+    run.beats(replace(stuck, stopped=False), stuck)
+    assert run.state.judge() is None
+    for age_s in (45.0, 62.0):
+        run.clock.now += 15.5
+        run.beats(replace(stuck, age_s=age_s, stopped=False), replace(stuck, age_s=age_s))
+    assert "rank 1 is missing" in run.state.judge()
+
+
+def test_a_process_that_a_debugger_stops_now_and_then_may_be_slow():
+    run = Run()
+    saving = replace(BUSY, phase="checkpoint", age_s=31.0)
+    for moment in range(100):
+        run.beats(saving, replace(saving, stopped=moment % 2 == 1, age_s=31.0 + moment))
+        run.clock.now += 1
+        assert run.state.judge() is None
+
+
+def test_the_first_batch_of_an_evaluation_may_be_long_and_the_others_as_long_as_five_of_the_longest():
+    run = Run()
+    first = replace(BUSY, phase="evaluation", age_s=31.0 * (SLOW_LIMITS - 1))
+    run.beats(first, first)
+    assert run.state.judge() is None
+    later = replace(first, longest_s=20.0, age_s=20.0 * STALL_STEPS - 1)
+    run.beats(later, later)
+    assert run.state.judge() is None
+    run.beats(replace(later, age_s=101.0), replace(later, age_s=101.0))
+    assert "limit 100 s" in run.state.judge()
+
+
+def test_what_ends_after_a_run_was_told_to_end_is_no_failure():
+    run = Run(max_failures=0)
+    run.state.told_to_end = True
+    assert run.ends(End("ended"), End("ended")).again
+    assert run.state.failures == 0
+    assert run.told == []
+    run.begin()
+    assert run.ends(DONE, End("ended", "had not saved within scaling.grace_s=30 s")).again
+    assert run.told == [
+        "rank 1 had not saved within scaling.grace_s=30 s; the run was told to end, so it is not started anew"
+    ]

@@ -16,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
-from command import Command, Home, assert_nothing_left, assert_same_tensors, swept
+from command import FIRST_S, Command, Home, assert_nothing_left, assert_same_tensors, swept
+
+from raytx.supervision import SILENCE_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
@@ -33,8 +35,16 @@ SHORT: dict[str, Any] = {
     "evaluate__every": 20,
     "scaling__stall_s": STALL_S,
 }
-SLOW = {"start_s": 4 * STALL_S, "first_s": 4 * STALL_S, "write_s": 3.5 * STALL_S, "evaluation_s": 2 * STALL_S}
-SLOW_S = 600.0 if LONG else 45.0
+SLOW_STALL_S = 2.0
+SLOW = {
+    "start_s": 3 * SLOW_STALL_S,
+    "first_s": 3 * SLOW_STALL_S,
+    "step_s": 0.3 * SLOW_STALL_S,
+    "write_s": 2 * SLOW_STALL_S,
+    "evaluation_s": 2 * SLOW_STALL_S,
+}
+"""A step has two passes, one in ten steps a longer one; a checkpoint has two files of each rank."""
+SLOW_S = 600.0 if LONG else 30.0
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +90,15 @@ def test_a_stopped_rank_is_named_and_replaced_in_time_and_its_keeper_likewise(ho
     assert_nothing_left(home)
 
 
-def test_a_stopped_keeper_is_named_and_replaced_with_its_rank(home: Home, unbroken: Command) -> None:
-    run = Command(home, home.recipe("keeper", model=PACE, **SHORT)).start()
-    for number in range(1, STOPS + 1):
-        run.reach(40 * number)
+def test_a_stopped_keeper_is_named_and_replaced_with_its_rank_which_trains_on_meanwhile(
+    home: Home, unbroken: Command
+) -> None:
+    run = Command(home, home.recipe("keeper", model={"step_s": 0.15}, **SHORT)).start()
+    for number in range(1, STOPS):
+        run.reach(40 * number - 20)
         ranks, keeper = run.pids(), keepers(home)[number % 2]
-        assert seconds_until_it_goes_on(run, keeper.pid) < 10 + REPLACED_S
+        os.kill(keeper.pid, signal.SIGSTOP)
+        run.until(lambda: len(run.journal("placed")) > number, SILENCE_S + REPLACED_S, "new ranks")  # noqa: B023
         assert "has not been heard of for" in run.output
         assert not [pid for pid in ranks if psutil.pid_exists(pid)], "a rank outlived its attempt"
         assert not keeper.is_running()
@@ -95,16 +108,36 @@ def test_a_stopped_keeper_is_named_and_replaced_with_its_rank(home: Home, unbrok
     assert_nothing_left(home)
 
 
+def slow(home: Home, name: str, **environment: str) -> Command:
+    values = SHORT | {"train__steps": 100_000, "save__background": False, "evaluate__every": 10, "scaling__grace_s": 60}
+    recipe = home.recipe(name, model=SLOW, **values | {"scaling__stall_s": SLOW_STALL_S})
+    return Command(home, recipe, environment=environment).start()
+
+
+def alarms(run: Command) -> list[str]:
+    return [word for word in ("missing", "not been heard of", "starting anew") if word in run.output]
+
+
 def test_what_is_slow_raises_no_alarm(home: Home) -> None:
-    values = SHORT | {"train__steps": 100_000, "scaling__grace_s": 60, "save__background": False}
-    run = Command(home, home.recipe("slow", model=SLOW | {"step_s": 0.6}, **values)).start()
+    run = slow(home, "slow")
     run.reach(1)
     began = time.monotonic()
-    run.until(lambda: time.monotonic() - began > SLOW_S and run.step > 22, what="slow steps", seconds=SLOW_S + 300)
-    assert run.journal("checkpoint")
-    assert run.journal("eval")
+    run.until(lambda: time.monotonic() - began > SLOW_S and run.step > 11, SLOW_S + FIRST_S, "slow steps")
+    assert max(row["seconds"] for row in run.journal("checkpoint")) > 3 * SLOW_STALL_S
+    assert max(row["seconds"] for row in run.journal("eval")) > 2 * SLOW_STALL_S
+    assert max(row["seconds"] for row in run.journal("step")[1:]) > SLOW_STALL_S
     run.tell(signal.SIGTERM)
     assert run.wait() == 143
-    assert "missing" not in run.output
-    assert "starting anew" not in run.output
+    assert not alarms(run), run.output[-3000:]
     assert len(run.journal("placed")) == 1
+
+
+def test_a_limit_that_knows_no_slow_phases_would_raise_one(home: Home) -> None:
+    (home.directory / "planted").mkdir()
+    planted = "from raytx import supervision\n\nsupervision.SLOW_LIMITS = 1\n"
+    (home.directory / "planted" / "sitecustomize.py").write_text(planted)
+    path = os.pathsep.join([str(home.directory / "planted"), home.environment["PYTHONPATH"]])
+    run = slow(home, "planted", PYTHONPATH=path)
+    run.until(lambda: alarms(run), what="a false alarm")
+    run.tell(signal.SIGTERM)
+    assert run.wait() == 143

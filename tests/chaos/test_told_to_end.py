@@ -69,7 +69,9 @@ BOTH = [(phase, number) for phase in PHASES for number in CODES]
 ONE_EACH = list(zip(PHASES, (signal.SIGTERM, signal.SIGINT) * len(PHASES), strict=False))
 
 
-@pytest.mark.parametrize(("name", "number"), BOTH if LONG else ONE_EACH, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("name", "number"), BOTH if LONG else ONE_EACH, ids=lambda value: getattr(value, "name", value)
+)
 def test_a_run_that_is_told_to_end_has_saved_its_last_step_within_its_grace(
     home: Home, name: str, number: signal.Signals
 ) -> None:
@@ -118,4 +120,3 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_its_last_checkpoint(home:
     assert run.saved() == 5
     assert "Traceback" not in run.output
     assert_nothing_left(home)
-
