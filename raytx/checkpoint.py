@@ -47,6 +47,10 @@ from raytx.plan import Plan
 from raytx.sections import Optim
 from raytx.tasks.base import Request
 
+UNREADABLE = "the storage does not let it be read: "
+"""Begins what is wrong with a checkpoint that may be whole: it is passed over, but stays where it is."""
+REPLACED = ".replaced"
+"""Ends the name of a checkpoint while another of the same step takes its place; it is whole until that is there."""
 MANIFEST = "manifest.json"
 FORMAT = 3
 
@@ -200,10 +204,15 @@ def seal(staging: Path, target: Path, *, files: Files, content: Content) -> None
 
     May be called again after it failed. Raises OSError; CheckpointError when files are not there any more.
     """
-    if not target.is_dir() or damage(target):
+    if staging.is_dir() or not target.is_dir():
         _complete(staging, files, content)
+        old = target.with_name(f"{target.name}{REPLACED}")
+        if target.is_dir() and damage(target) is None:  # saved when an order broke into the step's evaluation
+            target.rename(old)
         _set_aside(target)
         staging.rename(target)
+        sync_directory(target.parent)
+        _remove(old)
     sync_directory(target.parent)
 
 
@@ -255,8 +264,8 @@ def key(name: str, part: Part) -> str:
 
 def complete(run_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run that have a manifest, newest first. Their hashes are not checked."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted((path for path in found if (path / MANIFEST).is_file()), reverse=True)
+    directories = [run_dir / "checkpoints" / name for name in _started(run_dir)]
+    return [path for path in directories if (path / MANIFEST).is_file()]
 
 
 def newest(
@@ -278,17 +287,25 @@ def newest(
         problems = gather(damage(directory, share=(rank, len(seen))))
         if not any(problems):
             return Checkpoint(directory)
+        told = "; ".join(dict.fromkeys(filter(None, problems)))
+        judged = gather(damage(directory) if rank == 0 else None)[0]
+        if judged is None:  # rank 0 sees it whole
+            blind = [place for place, problem in enumerate(problems) if problem]
+            raise CheckpointError(
+                f"{directory}: whole as rank 0 sees it, but not as {', '.join(f'rank {place}' for place in blind)} "
+                f"{'does' if len(blind) == 1 else 'do'}: {told}. Is the storage mounted on every node?"
+            )
         if tell:
-            told = "; ".join(dict.fromkeys(filter(None, problems)))
             tell(f"checkpoint {name} is damaged and passed over: {told}")
-        if set_aside and rank == 0:
+        if set_aside and rank == 0 and not judged.startswith(UNREADABLE):
             _set_aside(directory)
     return None
 
 
 def _started(run_dir: Path) -> list[str]:
-    """Return the names of what claims to be a checkpoint, newest first."""
-    return sorted((path.name for path in (run_dir / "checkpoints").glob("step-*")), reverse=True)
+    """Return the names of what claims to be a checkpoint, newest first; a replaced one after what replaces it."""
+    names = (path.name for path in (run_dir / "checkpoints").glob("step-*"))
+    return sorted(names, key=lambda name: (name.removesuffix(REPLACED), not name.endswith(REPLACED)), reverse=True)
 
 
 def _set_aside(directory: Path) -> None:
@@ -314,7 +331,9 @@ def flaws(directory: Path, *, share: tuple[int, int] = (0, 1), advance: Callable
         return disagreements(directory, files, manifest=MANIFEST, share=share, advance=advance)
     except FileNotFoundError as error:
         return [f"{Path(error.filename).name}: missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        return [f"{UNREADABLE}{error.strerror or error} ({error.filename})"]
+    except (ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"]
 
 
@@ -355,14 +374,21 @@ def retain(run_dir: Path, *, num_to_keep: int | None, best_step: int | None) -> 
 
     Called when a checkpoint has just been committed, so that there is always a complete one.
     """
-    directories = complete(run_dir)
+    directories = [path for path in complete(run_dir) if not _is_replaced(path)]
     keep = {path.name for path in directories[:num_to_keep]}
     if best_step is not None:
         keep.add(directory_of(run_dir, best_step).name)
     for path in directories:
         if path.name not in keep:
             _remove(path)
+    for path in filter(_is_replaced, complete(run_dir)):
+        _remove(path)
     sweep(run_dir)
+
+
+def _is_replaced(directory: Path) -> bool:
+    name = directory.name.removesuffix(REPLACED)
+    return name != directory.name and directory.with_name(name).is_dir()
 
 
 def make_room(run_dir: Path) -> None:

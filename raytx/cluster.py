@@ -35,7 +35,17 @@ DRIVERS = 1000
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shared memory of a local cluster. Batches are read from files; Ray's own traffic is small."""
 REPORT_EVERY_S = 5.0
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "RAYTX_DISABLE_PLUGIN_AUTOLOAD", "RAYTX_PLUGINS")
+PASSED_ON = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_TOKEN",
+    "RAYTX_DISABLE_PLUGIN_AUTOLOAD",
+    "RAYTX_PLUGINS",
+    "RAYTX_STARTED_CLUSTER",
+)
+
+STARTED = "RAYTX_STARTED_CLUSTER"
+"""Variable that holds the address of the local cluster that a process, or the one it works for, has started."""
 
 Resources = Mapping[str, float]
 
@@ -64,8 +74,10 @@ def connect(
 
 
 def started_here() -> bool:
-    """Tell whether the cluster is a local one of this process, which no other node can ever join."""
-    return bool(ray.is_initialized() and ray.get_runtime_context().gcs_address == _started)
+    """Tell whether the cluster is a local one, which no other node can ever join: of this process, or of the one that
+    had it started."""
+    ours = {_started, os.environ.get(STARTED)} - {None}
+    return bool(ray.is_initialized() and ray.get_runtime_context().gcs_address in ours)
 
 
 def wait_for(
@@ -235,7 +247,7 @@ def _start(*, dashboard: bool, verbose: bool, num_cpus: int | None) -> None:
     except Exception as error:
         ray.shutdown()
         raise ResourceError(f"a local Ray cluster could not start: {_first_line(error)}") from error
-    _started = context.address_info["gcs_address"]
+    _started = os.environ[STARTED] = context.address_info["gcs_address"]
 
 
 _LOCAL_ENVIRONMENT = {

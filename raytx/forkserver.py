@@ -29,6 +29,8 @@ from raytx.channel import Channel
 
 FORK_AWARE = frozenset({"jemalloc_bg_thd"})
 """Threads that come with handlers for a fork: those of jemalloc, which pyarrow brings along."""
+JOB_S = 1.0
+"""How long whoever has begun to say what job it is may take to go on."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -73,9 +75,14 @@ class Server:
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
         channel = Channel(connection)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(channel))
+
+    def _hear(self, channel: Channel) -> None:
+        """Start the rank that is asked for; whoever asks may be gone again, or stopped within a word."""
+        self._selector.unregister(channel)
         try:
-            job = channel.receive(timeout_s=10)
-        except (OSError, ValueError):
+            job = channel.receive(timeout_s=JOB_S)
+        except (EOFError, OSError):
             channel.close()
             return
         self._ranks[self._start(channel, job)] = channel
@@ -89,6 +96,7 @@ class Server:
                 channel.send({"started": pid})
             return pid
         try:
+            os.setsid()  # what a rank starts ends with it
             _die_with_parent()
             _default_signals()
             for other in self._ranks.values():
@@ -107,6 +115,7 @@ class Server:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
                 if not pid:
                     return
+                _end(pid)
                 self._tell_end(pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
 
     def _tell_end(self, pid: int, code: int, peak_bytes: int) -> None:
@@ -120,23 +129,37 @@ class Server:
         """End ranks whose keepers are gone: a rank that is stopped or stuck cannot see that itself."""
         for pid, channel in self._ranks.items():
             if channel.abandoned():
-                os.kill(pid, signal.SIGKILL)
+                _end(pid)
 
     def _leave(self) -> None:
         if os.read(sys.stdin.fileno(), 1):
             return
         for pid in self._ranks:
-            os.kill(pid, signal.SIGKILL)
+            _end(pid)
         with contextlib.suppress(OSError):
             os.unlink(self._listener.getsockname())
         os._exit(0)
 
 
+def _end(pid: int) -> None:
+    """End a rank and what it started; what is left of its group, where it has ended itself."""
+    for end in (os.killpg, os.kill):  # in its first moment it has no group yet
+        with contextlib.suppress(ProcessLookupError):
+            end(pid, signal.SIGKILL)
+
+
 def forkable() -> bool:
     """Tell whether this process may be forked: no other thread holds a lock, and CUDA was not started."""
-    torch = sys.modules.get("torch")
-    started = torch is not None and torch.cuda.is_initialized()
-    return not started and threads() == 1
+    return threads() == 1 and not _has_started_cuda()
+
+
+def _has_started_cuda() -> bool:
+    """Look for the device that CUDA opens; torch knows only of what it started itself."""
+    for entry in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if "nvidia-uvm" in os.readlink(entry):
+                return True
+    return False
 
 
 def threads() -> int:

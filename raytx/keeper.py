@@ -6,12 +6,12 @@ It imports neither torch nor the plan's plugins, so it is there quickly, and not
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from raytx.pulse import Pulse
 from raytx.supervision import End
 
 BEAT_S = 0.25
+LEAVE_S = 10.0
+"""How long a process that has ended, or was ended, is waited for."""
 STACK_S = 0.5
 """How long a process is given to write its stacks."""
 STOPPED = {"T", "t"}
@@ -37,7 +39,8 @@ CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.
 def keep(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keep this worker's rank running to the run's end, and return that; what Ray Train runs on every worker."""
     context = ray.train.get_context()
-    group = ray.train.collective.broadcast_from_rank_zero(f"{time.time_ns():020}-{uuid.uuid4().hex}")
+    named = ray.get(config["supervisor"].group.remote()) if context.get_world_rank() == 0 else None
+    group = ray.train.collective.broadcast_from_rank_zero(named)
     with tempfile.TemporaryDirectory(prefix="rank-", dir=cluster.private_directory()) as directory:
         keeper = Keeper(config, group, context.get_world_rank(), context.get_world_size(), Path(directory))
         return keeper.run()
@@ -51,17 +54,26 @@ class Keeper:
         self._group, self._rank, self._world_size, self._directory = group, rank, world_size, directory
         self._node_id = ray.get_runtime_context().get_node_id()
         self._address = ray.util.get_node_ip_address()
+        self._reports = Reports()
 
     def run(self) -> dict[str, Any]:
         """Begin attempts with the other keepers until one comes to an end that counts."""
         while True:
             begun = ray.get(self._supervisor.join.remote(self._group, self._rank, self._world_size, self._place()))
             if not begun["attempt"]:
-                return {"ordered": begun["ordered"]}
+                return begun.get("verdict") or {"ordered": begun["ordered"]}
             end = self._attempt(begun)
-            told = self._supervisor.ended.remote(self._group, begun["attempt"], self._rank, asdict(end))
-            verdict: dict[str, Any] = ray.get(told)
+            verdict = self._verdict(begun["attempt"], end)
             if not verdict["again"]:
+                return verdict
+
+    def _verdict(self, number: int, end: End) -> dict[str, Any]:
+        """Tell how the rank ended; return what follows when all have, making reports meanwhile that others wait for."""
+        while True:
+            told = self._supervisor.ended.remote(self._group, number, self._rank, asdict(end), self._reports.made)
+            verdict: dict[str, Any] = ray.get(told)
+            self._reports.make(verdict["reports"])
+            if verdict["settled"]:
                 return verdict
 
     def _place(self) -> dict[str, Any]:
@@ -82,7 +94,8 @@ class Keeper:
             connection.connect(path)
             channel = Channel(connection)
             channel.send(self._job(begun, directory))
-            return Watch(channel, directory, self._line(number), self._config["grace_s"]).run()
+            self._reports = Reports()
+            return Watch(channel, directory, self._line(number), self._reports, self._config["grace_s"]).run()
 
     def _job(self, begun: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         return {
@@ -127,12 +140,27 @@ def environment(*, use_gpu: bool, local: bool) -> dict[str, str]:
     return found
 
 
+class Reports:
+    """Evaluations of an attempt, for Ray Train: it takes one from all workers at once, and would wait for ever for one
+    whose rank has died before. So each is made when every rank is known to have it."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+        self.made = 0
+
+    def make(self, count: int) -> None:
+        """Make the first so many, those left to be made."""
+        for metrics in self.metrics[self.made : count]:
+            ray.train.report(metrics)
+            self.made += 1
+
+
 @dataclass(frozen=True)
 class Line:
     """What a watch says to the supervisor."""
 
-    beat: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
-    """Pass pulse and records on; return what is to be done."""
+    beat: Callable[[dict[str, Any], list[dict[str, Any]], int], dict[str, Any]]
+    """Pass pulse, records and the number of reports on; return what is to be done."""
     dumped: Callable[[str], None]
     """Pass stacks on."""
 
@@ -140,48 +168,57 @@ class Line:
 class Watch:
     """Watches one rank process: passes on what it says, and carries out what the supervisor wants done with it."""
 
-    def __init__(self, channel: Channel, directory: Path, line: Line, grace_s: float) -> None:
+    def __init__(self, channel: Channel, directory: Path, line: Line, reports: Reports, grace_s: float) -> None:
         self._channel, self._directory, self._line, self._grace_s = channel, directory, line, grace_s
+        self._reports = reports
         self._pid: int | None = None
         self._records: list[dict[str, Any]] = []
         self._end: End | None = None
-        self._ordered, self._deadline = 0, float("inf")
+        self._ordered, self._deadline, self._leave_by = 0, math.inf, math.inf
         self._asked_at = time.monotonic()
-        self._killed, self._dumped = False, False
+        self._killed, self._dumped, self._gone = False, False, False
         self._why = self._late = ""
 
     def run(self) -> End:
         """Return how the process ended."""
         next_beat = 0.0
-        while True:
+        while not self._gone:
             try:
                 with contextlib.suppress(TimeoutError):
                     self._take(self._channel.receive(timeout_s=max(0.0, next_beat - time.monotonic())))
             except EOFError:
-                self._tell()
-                return self._end or self._lost()
-            if time.monotonic() >= next_beat:
+                self._gone = True
+            if time.monotonic() >= next_beat or self._gone:
                 self._tell()
                 next_beat = time.monotonic() + BEAT_S
             if time.monotonic() > self._deadline:
                 self._kill(self._late)
+            if time.monotonic() > self._leave_by:  # the fork server ends it when it finds the connection closed
+                self._gone = True
+
+        return self._end or self._lost()
 
     def _take(self, message: Mapping[str, Any]) -> None:
         match message:
             case {"record": record}:
                 self._records.append(record)
             case {"report": metrics}:
-                ray.train.report(metrics)
+                self._reports.metrics.append(metrics)
             case {"started": pid}:
                 self._pid = pid
             case {"done": done}:
-                self._end = End("done", step=done["step"])
+                self._ends(End("done", step=done["step"]))
             case {"stopped": text, "at": at}:
-                self._end = End("stopped", text, at)
+                self._ends(End("stopped", text, at))
             case {"failed": text, "at": at, "traceback": told}:
-                self._end = End("failed", text, at, told)
+                self._ends(End("failed", text, at, told))
             case {"exit": code, "peak_bytes": peak}:
                 self._end = self._end or self._exited(code, peak)
+                self._gone = True  # others that it started may hold the connection
+
+    def _ends(self, end: End) -> None:
+        """Take what the rank says of its end; its process goes next, but is not waited for if it does not."""
+        self._end, self._leave_by = end, time.monotonic() + LEAVE_S
 
     def _exited(self, code: int, peak_bytes: int) -> End:
         """Return the end of a process that did not say why."""
@@ -203,7 +240,8 @@ class Watch:
         """Pass pulse and records on; do what the answer wants."""
         seen = self._pulse()
         records, self._records = self._records, []
-        answer = self._line.beat(asdict(seen), records)
+        answer = self._line.beat(asdict(seen), records, len(self._reports.metrics))
+        self._reports.make(answer["reports"])
         if answer["over"]:
             self._kill()
             return
@@ -230,10 +268,16 @@ class Watch:
             self._late = "" if nothing_to_save else f"had not saved within scaling.grace_s={self._grace_s:g} s"
 
     def _kill(self, why: str = "") -> None:
-        if self._pid is not None and self._end is None:
-            self._killed, self._why = True, self._why or why
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+        """End the process, unless it is ending by itself."""
+        if self._end is not None:
+            return
+        if not self._killed:
+            self._killed, self._why, self._leave_by = True, why, time.monotonic() + LEAVE_S
+        if self._pid is None:  # none was forked yet, and none will be for a connection that is closed
+            self._gone = True
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
 
     def _dump(self) -> str:
         """Have the process write its stacks, and return them."""

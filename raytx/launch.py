@@ -59,6 +59,8 @@ def environment(plan: Plan) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(scaling.threads_per_worker),
         "TOKENIZERS_PARALLELISM": "false",
+        # to ask for GPUs without starting CUDA, which a process that forks ranks must not
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         **cluster.passed_on(),
         **plan.recipe.strategy.environment(use_gpu=scaling.use_gpu),
     }
@@ -105,7 +107,7 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
             # Checkpoints are raytx's own; what Ray keeps of a run is of this attempt alone, so it gets a new name.
             name=f"{int(time.time())}-{os.getpid()}",
             storage_path=str(plan.run_dir / ".ray"),
-            failure_config=FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=10),
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=10),
             callbacks=[
                 TellFailures(supervisor),
                 BeforeResize(lambda workers: ray.get(supervisor.resize.remote(within_s))),
@@ -267,15 +269,19 @@ def _interruptible(
             console.print("saving a checkpoint, then stopping; Ctrl-C once more stops at once", highlight=False)
         asked.append(number)
 
+    def remind() -> None:  # a supervisor that was replaced knows of no order
+        if asked:
+            supervisor.order.remote("stop")
+
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
-        return _in_thread(work), asked[0] if asked else None
+        return _in_thread(work, meanwhile=remind), asked[0] if asked else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _in_thread(work: Callable[[], dict[str, Any]], *, meanwhile: Callable[[], None]) -> dict[str, Any]:
     """Return what `work` returns, or raise what it raises, leaving this thread free for signals meanwhile."""
     future: Future[dict[str, Any]] = Future()
 
@@ -289,6 +295,7 @@ def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     while True:
         with contextlib.suppress(TimeoutError):
             return future.result(timeout=0.5)  # an untimed wait would keep signals waiting on some systems
+        meanwhile()
 
 
 def _configure() -> None:

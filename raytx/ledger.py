@@ -75,7 +75,7 @@ def _by_step(fed: Sequence[dict[str, Any]]) -> tuple[Rows, list[str]]:
 
 def _saved(run_dir: Path) -> Iterator[int]:
     """Yield the steps of checkpoints: up to there nothing may be missing."""
-    yield from (int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+    yield from (int(path.name[5:13]) for path in (run_dir / "checkpoints").glob("step-*"))
 
 
 def _missing(told: Rows, last: int) -> list[str]:

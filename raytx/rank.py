@@ -106,7 +106,12 @@ def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
     if plan.world_size != job.world_size:  # workers came or went
         plan = plan.on(job.world_size)
     rendezvous.meet(
-        job.meeting_point, backend=job.backend, rank=job.rank, world_size=job.world_size, timeout_s=job.timeout_s
+        job.meeting_point,
+        backend=job.backend,
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout_s=job.timeout_s,
+        device=job.environment.get("RAYTX_DEVICE"),
     )
     with Writer(
         plan.run_dir if job.rank == 0 else None, tell=lambda record: channel.send({"record": record})

@@ -45,8 +45,10 @@ def interface(address: str) -> str | None:
     return None
 
 
-def meet(point: str, *, backend: str, rank: int, world_size: int, timeout_s: float) -> None:
-    """Form torch's default process group. Collective."""
+def meet(point: str, *, backend: str, rank: int, world_size: int, timeout_s: float, device: str | None = None) -> None:
+    """Form torch's default process group, after making this rank's GPU the current one: NCCL uses that. Collective."""
+    if device is not None:
+        importlib.import_module("torch").cuda.set_device(device)
     dist = importlib.import_module("torch.distributed")
     dist.init_process_group(
         backend, init_method=point, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)

@@ -7,6 +7,7 @@ ends its rank, and all start the next attempt, which goes on from the last check
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,18 @@ from typing import Any, Literal
 from raytx.pulse import SLOW, Pulse
 
 STALL_STEPS = 5
-"""Trailing median steps, or longest stays in evaluation so far, that are a stall where that is longer than the limit."""
+"""Trailing median steps, or longest stays in evaluation, that are a stall where that is longer than the limit."""
 SLOW_LIMITS = 20
 """Limits that may pass in a phase that is long by nature."""
 SILENCE_S = 10.0
 """A keeper reports several times a second; beyond this its process, or its node, does not work."""
+OVERDUE_S = 60.0
+"""How long keepers may take to end their ranks; it is a matter of a second."""
 SAME_STEP = 3
 """Errors in a row without one step between them that end a run: the next attempt would meet the same."""
+
+UNHEARD = Pulse()
+"""Of a rank whose keeper has not reported yet: it waits for its node's fork server, which may be starting."""
 
 Kind = Literal["done", "stopped", "failed", "killed", "ended"]
 
@@ -47,7 +53,6 @@ class Attempt:
 
     number: int
     world_size: int
-    began: float
     places: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     """What each keeper told of where it is."""
     pulses: dict[int, tuple[float, Pulse]] = field(default_factory=dict)
@@ -56,6 +61,12 @@ class Attempt:
     """Since when each rank whose process is stopped has been found so at every look."""
     ends: dict[int, End] = field(default_factory=dict)
     over: bool = False
+    over_since: float | None = None
+    """When it was first seen to be over and not settled."""
+    reports: dict[int, int] = field(default_factory=dict)
+    """How many evaluations each rank has reported."""
+    granted: int = 0
+    """How many of them keepers are to pass on to Ray Train while the attempt goes on."""
     leaving: bool = False
     """Whether its workers are about to be replaced by another number of them: nobody need answer any more."""
     stalled: str = ""
@@ -92,14 +103,17 @@ class Supervision:
         self.told_to_end = False
         """Whether the run is to end: what follows then is no failure of its own."""
         self.attempt: Attempt | None = None
+        self._loss = End("failed")
+        """How workers were lost last."""
         self._errors_at: tuple[int, int] = (-1, 0)
         """The step at which the last error came, and how many came there in a row."""
 
     # ---- attempts
 
     def begin(self, world_size: int, places: Mapping[int, Mapping[str, Any]]) -> Attempt:
-        number = self.attempt.number + 1 if self.attempt else 1
-        self.attempt = Attempt(number, world_size, self._clock(), dict(places))
+        number, now = self.attempt.number + 1 if self.attempt else 1, self._clock()
+        unheard = {rank: (now, UNHEARD) for rank in range(world_size)}
+        self.attempt = Attempt(number, world_size, dict(places), unheard)
         return self.attempt
 
     def beat(self, rank: int, pulse: Pulse) -> None:
@@ -143,12 +157,45 @@ class Supervision:
     def lost(self, text: str) -> None:
         """Count workers that Ray Train lost; it replaces them itself."""
         self.failures += 1
+        self._loss = End("failed", text, details=text)
         then = (
             f"replacing the workers ({self._left()})" if self.failures <= self._max_failures else "no restart is left"
         )
         self._tell(f"{text}; {then}")
         if self.attempt is not None:
             self.attempt.over = True
+
+    def exhausted(self) -> End | None:
+        """Return the run's end, when more workers were lost than may be; asked when others in their place begin."""
+        return self._loss if self.failures > self._max_failures else None
+
+    def overdue(self) -> list[int]:
+        """Return, once, the ranks that have not ended long after their attempt was over: somebody does not answer."""
+        attempt, now = self.attempt, self._clock()
+        if attempt is None or attempt.leaving or not attempt.over or self.settled():
+            return []
+        if attempt.over_since is None:
+            attempt.over_since = now
+        if now - attempt.over_since < OVERDUE_S:
+            return []
+        attempt.over_since = math.inf
+        return [rank for rank in attempt.places if rank not in attempt.ends]
+
+    def reported(self, rank: int, count: int) -> None:
+        """Take how many evaluations a rank has reported.
+
+        Ray Train takes each from all workers at once, so one is granted when every rank has it. After the first end no
+        more are, until all have ended: their keepers may be waiting for that.
+        """
+        assert self.attempt is not None
+        self.attempt.reports[rank] = count
+        if not self.attempt.ends:
+            self.attempt.granted = self.reportable()
+
+    def reportable(self) -> int:
+        """Return how many evaluations every rank has reported."""
+        assert self.attempt is not None
+        return min(self.attempt.reports.get(rank, 0) for rank in range(self.attempt.world_size))
 
     def resized(self) -> None:
         """Take note that healthy workers will be gone and others come, which is no failure."""
@@ -177,8 +224,6 @@ class Supervision:
         attempt, now = self.attempt, self._clock()
         if attempt is None or attempt.over or attempt.leaving or self._stall_s is None:
             return None
-        if len(attempt.pulses) < attempt.world_size:
-            return None
         if silent := self.silent():
             return (
                 f"the worker of rank {silent[0]} has not been heard of for {now - attempt.pulses[silent[0]][0]:.0f} s"
@@ -203,8 +248,8 @@ class Supervision:
         now, limit = self._clock(), max(SILENCE_S, self._stall_s or 0.0)
         return [
             rank
-            for rank, (came, _) in self.attempt.pulses.items()
-            if rank not in self.attempt.ends and now - came > limit
+            for rank, (came, pulse) in self.attempt.pulses.items()
+            if rank not in self.attempt.ends and now - came > limit * (SLOW_LIMITS if pulse is UNHEARD else 1)
         ]
 
     def limit(self, pulses: list[Pulse]) -> float:

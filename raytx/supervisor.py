@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ STACKS_S = 5.0
 """How long a stalled group is given to write its stacks."""
 LAST_CALL_S = 10.0
 """How long before a node goes the ranks save a second time, to lose no more than the steps of these seconds."""
+SUPERSEDED = {"settled": True, "again": True, "reports": 0}
+"""The answer to a keeper whose attempt is not the one that goes on."""
 STACK_LINES = 6
 """Innermost lines of a rank's main thread that are shown; the file has all."""
 
@@ -45,6 +47,7 @@ class Supervisor:
         self._records: list[Record] = []
         self._nurseries: dict[str, Any] = {}
         self._group = ""
+        self._began, self._groups = time.time_ns(), 0
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._order = Order()
         self._saved = 0
@@ -53,6 +56,7 @@ class Supervisor:
         self._verdict: Verdict | None = None
         self._changed = asyncio.Condition()
         self._watch: asyncio.Task[None] | None = None
+        self._complaint = ""
 
     # ---- the driver
 
@@ -113,9 +117,16 @@ class Supervisor:
 
     # ---- keepers
 
+    async def group(self) -> str:
+        """Return the name of a new group of keepers; later ones are greater, also after a restart."""
+        self._groups += 1
+        return f"{self._began:020}-{self._groups:06}"
+
     async def join(self, group: str, rank: int, world_size: int, place: Mapping[str, Any]) -> dict[str, Any]:
         """Wait until all ranks of a group have come; return the attempt that they begin together."""
         self._watch = self._watch or asyncio.create_task(self._watched())
+        if (lost := self._state.exhausted()) is not None:
+            return {"attempt": 0, "verdict": {"again": False, "end": asdict(lost), "rank": 0}}
         if self._state.told_to_end or group < self._group:  # the latter was cut off, and others are in its place
             return {"attempt": 0, "ordered": self._state.told_to_end}
         if group > self._group:
@@ -157,9 +168,11 @@ class Supervisor:
 
     async def nursery(self, node_id: str) -> str:
         """Return the address of a node's fork server."""
+        asked = self._nursery(node_id)
         with contextlib.suppress(ray.exceptions.RayActorError):
-            return await self._nursery(node_id).address.remote()  # type: ignore[no-any-return]
-        self._nurseries.pop(node_id)
+            return await asked.address.remote()  # type: ignore[no-any-return]
+        if self._nurseries.get(node_id) is asked:  # another keeper of the node may have had it replaced
+            del self._nurseries[node_id]
         return await self._nursery(node_id).address.remote()  # type: ignore[no-any-return]
 
     def _nursery(self, node_id: str) -> Any:
@@ -171,9 +184,9 @@ class Supervisor:
         return self._nurseries[node_id]
 
     async def beat(
-        self, group: str, number: int, rank: int, pulse: Mapping[str, Any], records: list[Record]
+        self, group: str, number: int, rank: int, pulse: Mapping[str, Any], records: list[Record], reports: int
     ) -> dict[str, Any]:
-        """Take a rank's pulse and records; return what its keeper is to do."""
+        """Take a rank's pulse, its records and how many reports it has made; return what its keeper is to do."""
         self._records = (self._records + records)[-QUEUE_LIMIT:]
         if saved := [record["step"] for record in records if record["kind"] in SAVED]:
             self._saved = max(saved)
@@ -181,38 +194,62 @@ class Supervisor:
                 self._changed.notify_all()
         attempt = self._current(group, number)
         if attempt is None:
-            return {"over": True}
+            return {"over": True, "reports": 0}
+        self._state.reported(rank, reports)
         if rank not in attempt.ends:
             self._state.beat(rank, Pulse(**pulse))
-        return {"over": attempt.over, "order": asdict(self._order), "dump": self._stacks is not None}
+        told = {"order": asdict(self._order), "dump": self._stacks is not None}
+        return {"over": attempt.over, "reports": attempt.granted, **told}
 
     async def dumped(self, group: str, number: int, rank: int, stacks: str) -> None:
         """Take a rank's stacks, which `beat` asked for."""
         if self._current(group, number) is not None and self._stacks is not None:
             self._stacks[rank] = stacks
 
-    async def ended(self, group: str, number: int, rank: int, end: Mapping[str, Any]) -> dict[str, Any]:
-        """Take how a rank ended; return, when all have, what follows: {"again": True} or the run's end."""
+    async def ended(self, group: str, number: int, rank: int, end: Mapping[str, Any], made: int) -> dict[str, Any]:
+        """Take how a rank ended, and how many reports its keeper has made.
+
+        Returns, when all have ended, what follows: another attempt, or the run's end; before that, when there are
+        reports to be made that others are making.
+        """
         attempt = self._current(group, number)
         if attempt is None:
-            return {"again": True}
+            return SUPERSEDED
         async with self._changed:
-            self._state.ended(rank, End(**end))
+            if rank not in attempt.ends:
+                self._state.ended(rank, End(**end))
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: self._state.settled() or self._current(group, number) is None)
+            await self._changed.wait_for(
+                lambda: self._state.settled() or self._current(group, number) is None or attempt.granted > made
+            )
         if self._current(group, number) is None:
-            return {"again": True}
+            return SUPERSEDED
+        if not self._state.settled():
+            return {"settled": False, "reports": attempt.granted}
         self._verdict = self._verdict or self._state.verdict()
-        return {"again": self._verdict.again, "end": asdict(self._verdict.end), "rank": self._verdict.rank}
+        told = {"end": asdict(self._verdict.end), "rank": self._verdict.rank}
+        return {"settled": True, "again": self._verdict.again, "reports": self._state.reportable(), **told}
 
     # ---- watching
 
     async def _watched(self) -> None:
         while True:
             await asyncio.sleep(JUDGE_EVERY_S)
-            await self._look_for_drains()
-            if (stall := self._state.judge()) is not None:
-                await self._end_stalled(stall)
+            try:
+                await self._look()
+            except Exception as error:  # Ray's control process may not answer for a while; watching must go on
+                self._complain(f"cannot watch the run: {type(error).__name__}: {error}")
+
+    async def _look(self) -> None:
+        if (stall := self._state.judge()) is not None:
+            await self._end_stalled(stall)
+        self._end_keepers(self._state.overdue())
+        await self._look_for_drains()
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._complaint = text
+            self._remark(text)
 
     async def _look_for_drains(self) -> None:
         """Have the ranks save when a node of theirs is about to go, at once and shortly before it does."""
@@ -239,8 +276,14 @@ class Supervisor:
             await asyncio.sleep(0.1)
         self._tell_stacks(stall, self._stacks)
         attempt.stalled, attempt.over = stall, True
-        for rank in self._state.silent():
-            ray.kill(attempt.places[rank]["keeper"])  # Ray Train replaces the group
+        self._end_keepers(self._state.silent())
+
+    def _end_keepers(self, ranks: Sequence[int]) -> None:
+        """End keepers that do not answer; Ray Train replaces the group."""
+        places = self._state.attempt.places if self._state.attempt else {}
+        for rank in ranks:
+            self._remark(f"the worker of rank {rank} does not answer; it is ended")
+            ray.kill(places[rank]["keeper"])
 
     def _tell_stacks(self, stall: str, stacks: Mapping[int, str]) -> None:
         path = Path(self._settings["run_dir"]) / "stalls" / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"

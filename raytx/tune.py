@@ -150,7 +150,13 @@ class Search:
         concurrent = self._concurrent(driver, console)
         write_text(self.directory / "recipe.yaml", self.recipe.to_yaml())
         trainable = ray_tune.with_resources(
-            ray_tune.with_parameters(run_trial, recipe=self.recipe.dump(), trials_dir=str(self.trials_dir)), driver
+            ray_tune.with_parameters(
+                run_trial,
+                recipe=self.recipe.dump(),
+                trials_dir=str(self.trials_dir),
+                environment=cluster.passed_on(),
+            ),
+            driver,
         )
         tuner = self._restored(trainable, console) or self._fresh(trainable, concurrent)
         with _watched(Board(self, console)) as board:
@@ -372,11 +378,14 @@ def _aim(recipe: Recipe) -> dict[str, Any]:
     return {path: value for path, value in aim.items() if value is not None}
 
 
-def run_trial(values: dict[str, Any], *, recipe: dict[str, Any], trials_dir: str) -> None:
+def run_trial(
+    values: dict[str, Any], *, recipe: dict[str, Any], trials_dir: str, environment: Mapping[str, str]
+) -> None:
     """Train one trial. Runs in an actor of Ray Tune's; the training's own workers report to it."""
     from raytx.train import fit
 
     ray_internals.without_cleaner()
+    os.environ.update(environment)
     os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))  # Tune moved it, and a recipe's paths are relative
     original = parse(recipe, where="search")
     context = ray_tune.get_context()

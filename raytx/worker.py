@@ -113,11 +113,7 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
         gather=engine.gather,
     )
     if source is None:
-        if session.saved:
-            raise TrainingError(
-                f"{plan.run_dir}: held a checkpoint of step {session.saved}, and now none that is whole. Is the "
-                "storage still there? Bring it back and run the same command again"
-            )
+        _check_fresh(plan, session, engine)
         return State()
     engine.load_tensors(source.read, step=source.step - source.state.nonfinite)
     engine.load_scalars(source.state.scalars)
@@ -125,6 +121,19 @@ def restore(engine: Engine, plan: Plan, session: Session) -> State:
         session.log({"kind": "resumed", "step": source.step, "checkpoint": source.directory.name})
     state = source.state
     return state if state.metric == _metric(plan) else replace(state, metric=None, best=None, best_step=None)
+
+
+def _check_fresh(plan: Plan, session: Session, engine: Engine) -> None:
+    """Refuse to begin anew where there was a checkpoint: it would overwrite the record of a run that may be mended."""
+    directory = plan.run_dir / "checkpoints"
+    left = sorted(path.name for path in directory.glob("*step-*") if not path.name.startswith("."))
+    (left, *_), saved = engine.gather(left), session.saved
+    if left or saved:
+        what = f"a checkpoint of step {saved}" if saved else f"checkpoints ({', '.join(left[:3])})"
+        raise TrainingError(
+            f"{plan.run_dir}: held {what}, and now none that is whole. Is the storage there, as it was? Bring it back "
+            "and run the same command again, or begin anew under another name (name=...)"
+        )
 
 
 def _metric(plan: Plan) -> str:
@@ -244,7 +253,12 @@ class _Loop:
         """Measure the held-out split; remember the best. The state is as it was where the run is told to end."""
         started = time.monotonic()
         metrics = evaluate(
-            self.engine, self.task, self.held_out, plan=self.plan, rank=self.session.rank, pause=self._told_to_end
+            self.engine,
+            self.task,
+            self.held_out,
+            plan=self.plan,
+            rank=self.session.rank,
+            pause=lambda: self._told_to_end(state),
         )
         if metrics is None:
             return state
@@ -277,8 +291,11 @@ class _Loop:
         _, logits = self.engine.eval_batch(Microbatch(features, weight=1.0, seed=0), logits=True)
         return Golden(features, logits if logits is not None else np.zeros(0, dtype=np.float32))
 
-    def _told_to_end(self) -> bool:
-        self.recess.meet()
+    def _told_to_end(self, state: State) -> bool:
+        """Hear orders in the midst of an evaluation; save the state before it where that is asked for."""
+        if self.recess.meet() and not self.stopped:
+            self.council.heard = self.recess.heard
+            self.save(state)
         return self.stopped
 
     def _due(self, every: int | None, step: int) -> bool:

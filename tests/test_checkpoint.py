@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +13,13 @@ import pytest
 from torch import nn
 
 from raytx import checkpoint, files
-from raytx.checkpoint import FORMAT, MANIFEST, promised, retain
+from raytx.checkpoint import FORMAT, MANIFEST, REPLACED, promised, retain
 from raytx.components import TensorHeader
+from raytx.errors import CheckpointError
 from raytx.files import inventory, write_json, write_sealed
 from raytx.sections import Optim
+
+DAMAGE = checkpoint.damage
 
 
 @pytest.fixture
@@ -62,11 +67,91 @@ def test_every_rank_gets_the_same_checkpoint_and_hashes_a_share_of_it(
     with ThreadPoolExecutor(3) as pool:
         found = [one.directory.name for one in pool.map(on, range(3))]
     assert found == ["step-00000003"] * 3
-    assert len(hashed) == len(set(hashed)) == 12, "each file of two checkpoints by one rank"
+    whole = [path for path in hashed if path.parent.name == "step-00000003"]
+    assert len(whole) == len(set(whole)) == 6, "each file by one rank"
+    assert len(hashed) == 18, "and each of the damaged one by one rank, and once more by rank 0, which judges it"
     assert told == [
         "checkpoint step-00000004 is damaged and passed over: weights-3: its SHA-256 differs from the manifest"
     ]
     assert names(run_dir)[0] == "damaged-step-00000004"
+
+
+def on_two_ranks(run_dir: Path, blind: Path | None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Look for the newest on two ranks, of which the second does not see a directory; return what they got."""
+    barrier, values = threading.Barrier(2, timeout=20), [None] * 2
+
+    def damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+        if share[0] == 1 and blind is not None and directory.is_relative_to(blind):
+            return f"{MANIFEST}: missing"
+        return DAMAGE(directory, share=share)
+
+    def on(rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            seen = list(values)
+            barrier.wait()
+            return seen
+
+        try:
+            return checkpoint.newest(run_dir, set_aside=True, rank=rank, gather=gather)
+        except CheckpointError as error:
+            return str(error)
+
+    monkeypatch.setattr(checkpoint, "damage", damage)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(on, range(2)))
+
+
+def test_a_rank_that_does_not_see_the_storage_stops_all_and_nothing_is_set_aside(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = names(run_dir)
+    told = on_two_ranks(run_dir, run_dir, monkeypatch)
+    assert all("whole as rank 0 sees it, but not as rank 1 does" in text for text in told)
+    assert "Is the storage mounted on every node?" in told[0]
+    assert names(run_dir) == before
+    assert [one.step for one in on_two_ranks(run_dir, None, monkeypatch)] == [4, 4]
+
+
+def test_what_cannot_be_read_for_a_while_is_passed_over_but_stays(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+
+        def sha256(path: Path) -> str:
+            if path.parent.name == "step-00000004":
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return real(path)
+
+        real = files.sha256
+        patch.setattr(files, "sha256", sha256)
+        found = checkpoint.newest(run_dir, tell=told.append, set_aside=True)
+    assert found is not None
+    assert found.step == 3
+    assert "Input/output error" in told[0]
+    again = checkpoint.newest(run_dir, set_aside=True)
+    assert again is not None
+    assert again.step == 4
+
+
+def test_a_checkpoint_that_is_being_replaced_counts_until_the_other_is_there(run_dir: Path) -> None:
+    newest = checkpoint.directory_of(run_dir, 4)
+    newest.rename(newest.with_name(newest.name + REPLACED))
+    found = checkpoint.newest(run_dir)
+    assert found is not None
+    assert (found.step, found.directory.name) == (4, newest.name + REPLACED)
+    retain(run_dir, num_to_keep=1, best_step=None)
+    assert names(run_dir) == [newest.name + REPLACED]
+
+
+def test_a_checkpoint_that_was_replaced_comes_after_what_replaces_it_and_goes_next(run_dir: Path) -> None:
+    newest = checkpoint.directory_of(run_dir, 4)
+    shutil.copytree(newest, newest.with_name(newest.name + REPLACED))
+    assert [path.name for path in checkpoint.complete(run_dir)[:2]] == [newest.name, newest.name + REPLACED]
+    retain(run_dir, num_to_keep=2, best_step=None)
+    assert names(run_dir) == ["step-00000003", "step-00000004"]
 
 
 @pytest.mark.parametrize("missing", [MANIFEST, "state.json", "weights-2"])

@@ -14,9 +14,9 @@ import pytest
 
 from raytx import pulse
 from raytx.channel import Channel
-from raytx.keeper import Line, Watch
+from raytx.keeper import Line, Reports, Watch
 
-GO_ON = {"over": False, "dump": False, "order": {"number": 0, "kind": ""}}
+GO_ON = {"over": False, "reports": 0, "dump": False, "order": {"number": 0, "kind": ""}}
 
 
 class Rank:
@@ -27,11 +27,11 @@ class Rank:
         mine, theirs = socket.socketpair()
         self.channel = Channel(mine)
         self.process = subprocess.Popen(["sleep", "60"])
-        self.watch = Watch(Channel(theirs), directory, Line(self.beat, self.stacks.append), grace_s=0.5)
+        self.watch = Watch(Channel(theirs), directory, Line(self.beat, self.stacks.append), Reports(), grace_s=0.5)
         self.channel.send({"started": self.process.pid})
         threading.Thread(target=self.reap, args=(mine,), daemon=True).start()
 
-    def beat(self, seen, records):
+    def beat(self, seen, records, reports):
         self.beats.append(seen)
         self.records.extend(records)
         return self.answer

@@ -276,11 +276,23 @@ def test_a_save_that_falls_due_waits_for_the_one_before_and_says_so_once(
     assert "raise save.every" in remark
 
 
-def test_a_checkpoint_that_is_there_already_and_whole_is_left_alone(plan: Plan) -> None:
+def test_a_checkpoint_that_is_there_already_is_replaced_and_whole_under_either_name_meanwhile(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_ranks(plan, [share(0)], save_and_wait)
     before = checkpoint.directory_of(plan.run_dir, 1).stat().st_ino
+    seen: list[list[str]] = []
+    rename = Path.rename
+
+    def watched(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        seen.append([found.name for found in checkpoint.complete(plan.run_dir) if checkpoint.damage(found) is None])
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", watched)
     on_ranks(plan, [share(0)], save_and_wait)
-    assert checkpoint.directory_of(plan.run_dir, 1).stat().st_ino == before
+    assert seen == [["step-00000001.replaced"], ["step-00000001", "step-00000001.replaced"], ["step-00000001"]]
+    assert checkpoint.directory_of(plan.run_dir, 1).stat().st_ino != before
     assert left(plan) == ["step-00000001"]
 
 

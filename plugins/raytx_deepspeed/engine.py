@@ -116,12 +116,10 @@ def check_drives() -> None:
 
 
 def device_of(plan: Plan) -> torch.device:
-    """Return the device that this rank computes on."""
+    """Return the GPU that was made this rank's current one when ranks met, or the CPU."""
     if not plan.recipe.scaling.use_gpu:
         return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    return get_device()
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class DeepSpeedEngine:

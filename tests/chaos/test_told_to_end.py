@@ -23,7 +23,7 @@ LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 GRACE_S = 20.0
 TAKEN_DOWN_S = 12.0
-"""For Ray Train to end a group that is done, and for a local cluster to end, on a machine that does other things too."""
+"""For Ray Train to end a group that is done, and for a local cluster to end, on a busy machine."""
 AT_ONCE_S = 10.0
 
 

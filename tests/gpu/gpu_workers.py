@@ -47,7 +47,14 @@ def _loop(config: dict[str, Any]) -> None:
     os.environ |= keeper.environment(use_gpu=gpu, local=True)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if gpu else "gloo"
-    rendezvous.meet(config["meeting_point"], backend=backend, rank=rank, world_size=world_size, timeout_s=600)
+    rendezvous.meet(
+        config["meeting_point"],
+        backend=backend,
+        rank=rank,
+        world_size=world_size,
+        timeout_s=600,
+        device=os.environ.get("RAYTX_DEVICE"),
+    )
     found = config["job"](plan, rank)
     (Path(config["into"]) / f"{rank}.json").write_text(json.dumps(found))
 

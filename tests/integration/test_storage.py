@@ -103,3 +103,42 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(recipe, tmp_path):
     with pytest.raises(TrainingError, match="held a checkpoint of step 2, and now none that is whole"):
         worker.train(plan, replace(session([]), saved=2))
     assert not checkpoint.complete(plan.run_dir)
+
+
+def test_an_order_in_the_midst_of_an_evaluation_is_obeyed_and_the_evaluation_done_later(recipe, tmp_path):
+    run = recipe("broken-into", storage_path=str(tmp_path), train__steps=6, save__every=None)
+    plan, _ = prepare(resolve(run), Console(quiet=True))
+    log: list[dict] = []
+
+    def order():
+        evaluating = any(row["kind"] == "step" and row["step"] == 6 for row in log)
+        return worker.Order(1, "stop") if evaluating else worker.Order()
+
+    stopped = worker.train(plan, replace(session(log), order=order))
+    assert stopped.step == 6
+    assert not checkpoint.newest(plan.run_dir).state.metrics
+    again: list[dict] = []
+    final = worker.train(plan, session(again))
+    assert [row["kind"] for row in again if row["kind"] in {"resumed", "step", "eval", "checkpoint"}] == [
+        "resumed",
+        "eval",
+        "checkpoint",
+    ]
+    saved = checkpoint.newest(plan.run_dir)
+    assert saved.state.metrics == final.metrics
+    assert [path.name for path in (plan.run_dir / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_an_order_to_save_in_the_midst_of_an_evaluation_does_not_wait_for_its_end(recipe, tmp_path):
+    values = {"train__steps": 6, "save__every": None, "save__background": False, "evaluate__every": 3}
+    run = recipe("saved-meanwhile", storage_path=str(tmp_path), **values)
+    plan, _ = prepare(resolve(run), Console(quiet=True))
+    log: list[dict] = []
+
+    def order():
+        return worker.Order(1, "save") if any(row.get("step") == 3 for row in log) else worker.Order()
+
+    final = worker.train(plan, replace(session(log), order=order))
+    kinds = [(row["kind"], row["step"]) for row in log if row["kind"] in {"eval", "checkpoint"}]
+    assert kinds == [("checkpoint", 3), ("eval", 3), ("eval", 6), ("checkpoint", 6)]
+    assert final.step == 6
