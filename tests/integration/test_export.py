@@ -15,7 +15,7 @@ from raytx.artifact import GOLDEN, Golden, open_artifact
 from raytx.checkpoint import Checkpoint
 from raytx.errors import ArtifactError, CheckpointError, RecipeError
 from raytx.export import export, published
-from raytx.files import read_json, write_json
+from raytx.files import inventory, read_json, read_sealed, write_json, write_sealed
 from raytx.plan import Plan, resolve
 from raytx.prepare import prepare
 
@@ -105,11 +105,9 @@ def test_weights_that_answer_otherwise_than_the_engine_did_are_not_exported(reci
     save_file(weights, path)
     with pytest.raises(CheckpointError, match="damaged"):
         export(run)
-    manifest = read_json(directory / "manifest.json")  # even with hashes made to fit, the golden outputs refuse it
-    from raytx.files import inventory
-
-    manifest["files"] = inventory(directory, exclude=frozenset({"manifest.json"}))
-    write_json(directory / "manifest.json", manifest)
+    manifest = read_sealed(directory / "manifest.json")  # even with hashes made to fit, the golden outputs refuse it
+    files = inventory(directory, exclude=frozenset({"manifest.json"}))
+    write_sealed(directory / "manifest.json", manifest | {"files": files})
     with pytest.raises(ArtifactError, match="answer otherwise than the trained model did"):
         export(run)
     assert not (run / "artifacts" / "hf").exists()
