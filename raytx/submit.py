@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -32,11 +33,8 @@ from raytx.recipe import Recipe, load
 from raytx.registry import registry
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-STOP = {
-    # Ray stops a job with SIGTERM and kills it three seconds later; Ray Train ends a run in order on SIGINT only
-    "RAY_JOB_STOP_SIGNAL": "SIGINT",
-    "RAY_JOB_STOP_WAIT_TIME_S": "60",
-}
+TAKEN_DOWN_S = 30
+"""How long a run that was told to end may take beyond its ranks' grace: for Ray Train to take its workers down."""
 EXCLUDED = [".git", ".venv", "__pycache__", "raytx-runs", "*.safetensors"]
 """Left out of the upload, besides what .gitignore names. A slash at the end would leave the directories in, empty."""
 SETUP_TIMEOUT_S = 900
@@ -68,7 +66,7 @@ def submit(
     client = _client(_address(address))
     entrypoint = shlex.join([python, "-m", "raytx", "train", str(inside), *overrides])
     with _modules(recipe, py_modules) as modules:
-        runtime_env = _uploaded(client, _runtime_env(directory, modules))
+        runtime_env = _uploaded(client, _runtime_env(directory, modules, recipe.scaling.grace_s))
     content = digest({"recipe": recipe.dump(), "entrypoint": entrypoint, "runtime_env": runtime_env})
     job = _send(
         client,
@@ -163,14 +161,23 @@ def _refusal(address: str, error: Exception) -> ResourceError:
 # ------------------------------------------------------------------------------------------------------ what is sent
 
 
-def _runtime_env(directory: Path, modules: Sequence[Path]) -> dict[str, Any]:
+def _runtime_env(directory: Path, modules: Sequence[Path], grace_s: float) -> dict[str, Any]:
     environment: dict[str, Any] = {
         "working_dir": str(directory),
         "excludes": EXCLUDED,
-        "env_vars": {**STOP, "PYTHONUNBUFFERED": "1"},
+        "env_vars": {**_stop(grace_s), "PYTHONUNBUFFERED": "1"},
         "config": {"setup_timeout_seconds": SETUP_TIMEOUT_S},
     }
     return environment | ({"py_modules": [str(module) for module in modules]} if modules else {})
+
+
+def _stop(grace_s: float) -> dict[str, str]:
+    """Return what lets a job that is stopped save: Ray by itself would kill it three seconds after SIGTERM.
+
+    SIGINT, which Ray also knows, would end the run at once where somebody stops the job a second time.
+    """
+    wait_s = math.ceil(grace_s) + TAKEN_DOWN_S
+    return {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(wait_s)}
 
 
 def _uploaded(client: JobSubmissionClient, runtime_env: dict[str, Any]) -> dict[str, Any]:

@@ -271,8 +271,9 @@ class Supervisor:
         attempt = self._state.attempt
         assert attempt is not None
         self._stacks = {}
+        answering = attempt.world_size - len(attempt.ends) - len(self._state.silent())
         deadline = time.monotonic() + STACKS_S
-        while len(self._stacks) < attempt.world_size - len(attempt.ends) and time.monotonic() < deadline:
+        while len(self._stacks) < answering and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         self._tell_stacks(stall, self._stacks)
         attempt.stalled, attempt.over = stall, True

@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raytx import elastic, ray_internals
-from raytx.errors import ResourceError
+from raytx.errors import ResourceError, StoppedError
 
 NODES = ("a", "b", "c", "d")
 
@@ -115,6 +115,18 @@ def test_a_run_that_waited_too_long_gives_up_with_the_numbers(nodes: Cluster, mo
     assert at_start(made) == 4
     nodes.free = {}
     assert at_start(made) is None
+
+
+def test_a_run_that_waits_ends_when_it_is_told_to(nodes: Cluster) -> None:
+    nodes.free = {}
+    told_to_end: list[bool] = []
+    scaling = ScalingConfig(num_workers=(2, 4), elastic_resize_monitor_interval_s=0)
+    made = elastic.Sizes(scaling, (2, 4), [].append, stopped=lambda: bool(told_to_end))
+    made._coordinator_client = Client()
+    assert at_start(made) is None
+    told_to_end.append(True)
+    with pytest.raises(StoppedError):
+        at_start(made)
 
 
 def test_what_other_programs_hold_is_no_room(nodes: Cluster) -> None:

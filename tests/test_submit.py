@@ -204,10 +204,10 @@ def test_a_module_that_is_no_wheel_is_refused_with_its_path(project: Path, clien
         submitted(client, py_modules=[tmp_path / "extra-1.0-py3-none-any.whl"])
 
 
-def test_a_job_stops_by_sigint_with_time_to_save(tmp_path: Path) -> None:
-    environment = submit._runtime_env(tmp_path, [])
-    assert environment["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
-    assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 30
+def test_a_job_that_is_stopped_has_its_grace_to_save_and_time_to_be_taken_down(tmp_path: Path) -> None:
+    environment = submit._runtime_env(tmp_path, [], 12.5)
+    assert environment["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGTERM"
+    assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) == 13 + submit.TAKEN_DOWN_S
     assert ".git" in environment["excludes"]
     assert "py_modules" not in environment
 
@@ -359,7 +359,7 @@ def test_a_plugin_project_travels_as_a_wheel_and_is_found_by_its_entry_point(
         from rich.console import Console
         submit = importlib.import_module("raytx.submit")
         client = submit._client({server!r})
-        env = submit._runtime_env(Path.cwd(), [Path({str(wheel)!r})])
+        env = submit._runtime_env(Path.cwd(), [Path({str(wheel)!r})], 30)
         job = submit._send(client, prefix="probe", entrypoint="{sys.executable} raytx_probe.py", runtime_env=env,
                            console=Console())
         sys.exit(submit._follow(client, job, Console()))

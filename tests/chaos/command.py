@@ -134,6 +134,23 @@ class Command:
             )
         return self
 
+    def submit(self, address: str) -> str:
+        """Send the recipe to a job server and return the job's name; the command follows its log."""
+        project = self.home.directory / "project"
+        project.mkdir()
+        (project / "recipe.yaml").write_text(yaml.safe_dump(dict(self.recipe)))
+        with open(self._file, "ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "raytx", "submit", "recipe.yaml", "--address", address],
+                cwd=project,
+                env=self.home.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        found = self.until(lambda: re.search(r"job (\S+): ", self.output), what="the job's name")
+        return str(found[1])
+
     def tell(self, number: signal.Signals) -> float:
         """Send a signal to every process of the command's group, as a terminal does; return when."""
         assert self.process is not None
@@ -198,6 +215,14 @@ class Command:
         assert found is not None
         found._open()
         return {key: file.get_tensor(key) for key, file in found._places.items()}
+
+
+def eventually(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.1)
 
 
 def assert_same_tensors(some: Command, other: Command) -> None:

@@ -28,6 +28,8 @@ STEPS = 40 * (STOPS + 1)
 STALL_S = 3.0
 REPLACED_S = 30.0
 """From the limit to the next step, at most."""
+NEW_WORKERS_S = 60.0
+"""The same where Ray Train has to replace workers: it starts a dozen processes, which have to import Ray."""
 PACE: dict[str, float] = {"step_s": 0.03}
 SHORT: dict[str, Any] = {
     "train__steps": STEPS,
@@ -98,7 +100,7 @@ def test_a_stopped_keeper_is_named_and_replaced_with_its_rank_which_trains_on_me
         run.reach(40 * number - 20)
         ranks, keeper = run.pids(), keepers(home)[number % 2]
         os.kill(keeper.pid, signal.SIGSTOP)
-        run.until(lambda: len(run.journal("placed")) > number, SILENCE_S + REPLACED_S, "new ranks")  # noqa: B023
+        run.until(lambda: len(run.journal("placed")) > number, SILENCE_S + NEW_WORKERS_S, "new ranks")  # noqa: B023
         assert "has not been heard of for" in run.output
         assert not [pid for pid in ranks if psutil.pid_exists(pid)], "a rank outlived its attempt"
         assert not keeper.is_running()

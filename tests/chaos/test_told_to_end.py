@@ -6,8 +6,11 @@ RAYTX_CHAOS_LONG=1 tells it by SIGTERM and by Ctrl-C in each phase; without it, 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Command, Home, assert_nothing_left, memory_left, swept
+from command import Command, Home, assert_nothing_left, eventually, memory_left, swept
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
@@ -120,3 +124,53 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_its_last_checkpoint(home:
     assert run.saved() == 5
     assert "Traceback" not in run.output
     assert_nothing_left(home)
+
+
+HEAD = """
+import ray, sys
+from raytx import cluster
+
+cluster.connect(num_cpus=2, dashboard=True)
+print("answer http://" + ray._private.worker._global_node.webui_url, flush=True)
+for line in sys.stdin:
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    print("answer", sum(state != "REMOVED" for state in states), len(states), flush=True)
+"""
+
+
+@pytest.fixture
+def head(home: Home) -> Iterator[Callable[[], str]]:
+    """Start a cluster with a job server; return what it answers: its address first, then groups left and ever made."""
+    program = [sys.executable, "-c", HEAD]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, env=home.environment, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def answer() -> str:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return next(line.split(" ", 1)[1].strip() for line in process.stdout if line.startswith("answer"))
+
+        yield answer
+        process.kill()
+
+
+def test_a_job_that_is_stopped_saves_its_last_step_and_frees_what_it_held(home: Home, head: Callable[[], str]) -> None:
+    values = {"train__steps": 5000, "scaling__grace_s": GRACE_S}
+    run = Command(home, home.recipe("job", model={"step_s": 0.2}, **values))
+    client = JobSubmissionClient(address := head())
+    job = run.submit(address)
+    run.reach(5)
+    client.stop_job(job)
+    eventually(lambda: client.get_job_status(job) == JobStatus.STOPPED, GRACE_S + TAKEN_DOWN_S, "the job's end")
+    assert run.saved() == run.step > 0
+    assert f"stopped by SIGTERM at step {run.step}, with a checkpoint of it" in client.get_job_logs(job)
+    eventually(lambda: not working(home), 30, "its processes' end")
+    assert re.fullmatch(r"0 [1-9]\d*", head())
+
+
+def working(home: Home) -> list[str]:
+    """Return the processes that train, or keep those that do."""
+    commands = [" ".join(process.cmdline()) for process in home.processes()]
+    return [text for text in commands if re.search(r"raytx (train|submit)|raytx.forkserver|RayTrain|TrainContr", text)]
