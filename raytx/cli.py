@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raytx import __version__
-from raytx.errors import RaytxError, RecipeError, StoppedError, Terminated, did_you_mean
+from raytx.errors import RaytxError, RecipeError, StoppedError, did_you_mean
 
 if TYPE_CHECKING:
     from raytx.plan import Plan
@@ -37,7 +37,7 @@ VERBOSE = click.option("--verbose", is_flag=True, help="Let Ray's and DeepSpeed'
 
 def main() -> None:
     """Run the command line; what a user can mend ends with one message and exit code 2."""
-    signal.signal(signal.SIGTERM, _terminate)
+    told_to_end = _signals()
     try:
         commands(standalone_mode=False)
     except click.ClickException as error:
@@ -57,14 +57,21 @@ def main() -> None:
         place = f": {error.filename}" if error.filename else ""
         Console(stderr=True).print(f"error {error.strerror}{place}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort) as stop:
+    except (KeyboardInterrupt, click.exceptions.Abort):
         Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
-        told_to_end = isinstance(stop.__cause__, Terminated)  # click makes an Abort of every interruption
-        sys.exit(128 + (signal.SIGTERM if told_to_end else signal.SIGINT))
+        sys.exit(128 + max(told_to_end, default=signal.SIGINT))
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _signals() -> list[int]:
+    """Have SIGTERM interrupt what is done, as Ctrl-C does, where nothing else handles it; return where it is noted."""
+    told: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return told
 
 
 def _console() -> Console:

@@ -96,7 +96,7 @@ def wait_for(
     group = (resources_of_one_worker, num_workers, placement_strategy)
     if _has_room(free(), *group):
         return
-    wanted, advice = _described(resources_of_one_worker, num_workers), _advice(resources_of_one_worker)
+    wanted, advice = described(resources_of_one_worker, num_workers), _advice(resources_of_one_worker)
     deadline, next_word = time.monotonic() + wait_s, 0.0
     with _nodes_asked_for(resources_of_one_worker, num_workers):
         while not _has_room(free(), *group):
@@ -363,7 +363,7 @@ def _nodes_asked_for(one: Resources, num_workers: int) -> Iterator[None]:
         request_resources(num_cpus=0, bundles=[])
 
 
-def _described(one: Resources, num_workers: int) -> str:
+def described(one: Resources, num_workers: int) -> str:
     return f"{num_workers} x {{{', '.join(f'{name}: {_amount(name, one[name])}' for name in one)}}}"
 
 

@@ -88,7 +88,8 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
         self._waits_since = now if self._waits_since is None else self._waits_since
         left = self._waits_since + self._wait_s - now
         one = self.scaling_config._resources_per_worker_not_none
-        wanted = f"{self._sizes[0]} x {one}; the cluster has no room for them"
+        fits = cluster.most(range(1, self._sizes[0]), one, nodes=self._room(), placement_strategy=self._strategy) or 0
+        wanted = f"{cluster.described(one, self._sizes[0])}; the cluster has room for {fits}"
         if left < 0:
             raise ResourceError(
                 f"waited {self._wait_s:g} s for {wanted}. When there is room again, the same command goes on from the "
@@ -122,9 +123,16 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
         return {}
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        one, strategy = self.scaling_config._resources_per_worker_not_none, self.scaling_config.placement_strategy
-        nodes = room(one, held=_held(self._group), without=leaving())
-        return cluster.most(self._sizes, one, nodes=nodes, placement_strategy=strategy) or 0
+        one = self.scaling_config._resources_per_worker_not_none
+        return cluster.most(self._sizes, one, nodes=self._room(), placement_strategy=self._strategy) or 0
+
+    def _room(self) -> list[dict[str, float]]:
+        one = self.scaling_config._resources_per_worker_not_none
+        return room(one, held=_held(self._group), without=leaving())
+
+    @property
+    def _strategy(self) -> Any:
+        return self.scaling_config.placement_strategy
 
 
 def room(one: Mapping[str, float], *, held: Sequence[str], without: Collection[str]) -> list[dict[str, float]]:

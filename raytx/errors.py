@@ -33,14 +33,10 @@ class TrainingError(RaytxError):
 class StoppedError(RaytxError):
     """The run was told to end, and has; the same command goes on with it."""
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
+    def __init__(self, message: str, *, exit_code: int = 143) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         """128 and the signal's number, as shells have it."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came where nothing handles it otherwise; whatever cleans up after Ctrl-C does so after this, too."""
 
 
 class CheckpointError(RaytxError):

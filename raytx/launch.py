@@ -15,7 +15,15 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.backend import Backend, BackendConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
@@ -153,14 +161,15 @@ def _fit(trainer: Any) -> dict[str, Any]:
             f"the worker of rank {rank} failed ({_gist(cause)}), and no restart is left (scaling.max_failures). The "
             "same command goes on from the last checkpoint"
         ) from error
+    except (ControllerError, ray.exceptions.RayTaskError) as error:
+        cause = error.controller_failure if isinstance(error, ControllerError) else error.cause
+        if isinstance(cause, StoppedError):  # told to end while it waited for room
+            return {}
+        if isinstance(cause, RaytxError):
+            raise cause from None
+        raise
     except TrainingFailedError as error:
         raise RaytxError(f"Ray Train gave up: {error}") from error
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, StoppedError):  # while it waited for room
-            return {}
-        if isinstance(error.cause, RaytxError):
-            raise error.cause from None
-        raise
     except ray.exceptions.RayActorError as error:
         raise RaytxError(
             "Ray Train's controller died, and the run with it. The same command goes on from the last checkpoint"

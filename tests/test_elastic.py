@@ -98,7 +98,7 @@ def test_a_run_waits_while_even_its_smallest_size_has_no_room_and_says_so_once_i
     told: list[str] = []
     made = policy(told=told)
     assert [at_start(made), at_start(made)] == [None, None]
-    assert told == ["waiting for 2 x {'CPU': 1}; the cluster has no room for them"]
+    assert told == ["waiting for 2 x {CPU: 1}; the cluster has room for 1"]
 
 
 def test_a_run_that_waited_too_long_gives_up_with_the_numbers(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
