@@ -59,7 +59,7 @@ def test_what_ends_a_run_that_was_told_to_end_brings_no_other_attempt(supervisor
     async def ended() -> tuple[Any, Any]:
         await supervisor.join("1", 0, 1, PLACE)
         await supervisor.order("stop")
-        verdict = await supervisor.ended("1", 1, 0, {"kind": "ended"})
+        verdict = await supervisor.ended("1", 1, 0, {"kind": "ended"}, 0)
         return verdict["again"], await supervisor.join("1", 0, 1, PLACE)
 
     assert within(ended()) == (True, TOLD_TO_END)

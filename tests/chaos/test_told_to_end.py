@@ -131,6 +131,8 @@ import ray, sys
 from raytx import cluster
 
 cluster.connect(num_cpus=2, dashboard=True)
+node = ray._private.worker._global_node  # jobs look here for their cluster, and else take any of this machine's
+ray._private.utils.write_ray_address(node.gcs_address, node.get_temp_dir_path())
 print("answer http://" + ray._private.worker._global_node.webui_url, flush=True)
 for line in sys.stdin:
     states = [group["state"] for group in ray.util.placement_group_table().values()]
