@@ -205,7 +205,9 @@ def seal(staging: Path, target: Path, *, files: Files, content: Content) -> None
     May be called again after it failed. Raises OSError; CheckpointError when files are not there any more.
     """
     if staging.is_dir() or not target.is_dir():
-        _complete(staging, files, content)
+        if lost := [name for name, entry in files.items() if not _has_size(staging / name, entry["bytes"])]:
+            raise CheckpointError(f"{', '.join(lost)}: written, and now gone from {staging.parent} or of another size")
+        finish(staging, files=files, content=content)
         old = target.with_name(f"{target.name}{REPLACED}")
         if target.is_dir() and damage(target) is None:  # saved when an order broke into the step's evaluation
             target.rename(old)
@@ -216,13 +218,10 @@ def seal(staging: Path, target: Path, *, files: Files, content: Content) -> None
     sync_directory(target.parent)
 
 
-def _complete(staging: Path, files: Files, content: Content) -> None:
-    """Write what is no rank's share, wait until the disk has all, and write the manifest."""
-    assert content.plan.prepared is not None
-    if lost := [name for name, entry in files.items() if not _has_size(staging / name, entry["bytes"])]:
-        raise CheckpointError(f"{', '.join(lost)}: written, and now gone from {staging.parent} or of another size")
+def finish(staging: Path, *, files: Files, content: Content) -> None:
+    """Write what is no rank's share, wait until the disk has all, and write the manifest. Raises OSError."""
     write_safetensors(staging / GOLDEN, content.golden.arrays())
-    _copy(Path(content.plan.prepared) / "processor", staging / "processor")
+    _copy(content.plan.data_dir / "processor", staging / "processor")
     told = {"demo": content.demo, "plan": content.plan.to_dict(), "state": asdict(content.state)}
     for name, value in told.items():
         (staging / f"{name}.json").write_text(as_json(value), encoding="utf-8")

@@ -207,7 +207,7 @@ def made_of(manifest: Any, *, plugins: Any, exporter: Any, compression: Any, ser
 
 
 def _held_out(plan: Plan) -> Samples | None:
-    path = Path(plan.prepared or "") / "test.arrow"
+    path = plan.data_dir / "test.arrow" if plan.prepared else Path()
     return Samples.open(path) if path.is_file() else None
 
 

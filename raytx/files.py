@@ -57,7 +57,12 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Return what `write_sealed` wrote; raise ValueError when a byte is not as it was."""
-    text = path.read_bytes().decode()
+    return parse_sealed(path.read_bytes())
+
+
+def parse_sealed(data: bytes) -> dict[str, Any]:
+    """Return what was sealed; raise ValueError when a byte is not as it was."""
+    text = data.decode()
     value: dict[str, Any] = json.loads(text)
     value.pop("sha256", None)
     if _sealed(value) != text:

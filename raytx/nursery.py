@@ -14,6 +14,8 @@ from typing import Any
 import ray
 
 from raytx.cluster import private_directory
+from raytx.plan import Plan
+from raytx.prepare import bring
 
 BACKLOG = 128
 
@@ -26,6 +28,8 @@ class Nursery:
         self._plan, self._environment = plan, environment
         self._server: subprocess.Popen[bytes] | None = None
         self._path = private_directory() / f"fork-{os.getpid()}"
+        with contextlib.suppress(Exception):  # ranks try again, and tell
+            bring(Plan.from_dict(plan))  # here: file systems start threads, and the server must have none
         self._start()
 
     def address(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raytx import __version__, optimizer, schedule
+from raytx import __version__, optimizer, schedule, storage
 from raytx.components import Component, ModelSize, StrategyConfig
 from raytx.errors import PluginError, RaytxError, RecipeError, ResourceError, did_you_mean
 from raytx.files import digest
@@ -20,6 +20,9 @@ from raytx.layout import Layout
 from raytx.memory import Memory, estimate, estimate_stages
 from raytx.recipe import Recipe, parse
 from raytx.registry import registry
+
+CACHE = ".cache"
+"""Directory beside those of runs that holds prepared data."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Plan:
     steps_per_epoch: int | None = None
     num_samples: int | None = None
     prepared: str | None = None
-    """Directory of the prepared data."""
+    """Directory of the prepared data, on the driver's node; see data_dir."""
     version: str = __version__
 
     @property
@@ -79,7 +82,15 @@ class Plan:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.recipe.storage_path).expanduser().absolute() / self.recipe.name
+        """The run's directory on this node; of a storage path that is a URI it is a cache, see mirror.py."""
+        return storage.directory(self.recipe.storage_path) / self.recipe.name
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the prepared data is on this node."""
+        assert self.prepared is not None
+        prepared = Path(self.prepared)
+        return self.run_dir.parent / CACHE / prepared.name if storage.is_uri(self.recipe.storage_path) else prepared
 
     @property
     def warmup_steps(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import os
 import shutil
@@ -17,12 +19,13 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.status import Status
 
-from raytx import __version__
+from raytx import __version__, storage
 from raytx.components import Model, Source
 from raytx.errors import DataError
-from raytx.files import digest, inventory, read_json, write_json
-from raytx.plan import Plan
+from raytx.files import digest, disagreements, inventory, read_json, write_json
+from raytx.plan import CACHE, Plan
 from raytx.registry import registry
+from raytx.storage import Store
 from raytx.tasks.base import Features, Row, Task
 
 META = "prepared.json"
@@ -91,12 +94,59 @@ def prepare(plan: Plan, console: Console) -> tuple[Plan, Prepared]:
             "max_length": plan.recipe.train.max_length,
         }
     )
-    directory = plan.run_dir.parent / ".cache" / key
-    if not (directory / META).is_file():
+    directory = plan.run_dir.parent / CACHE / key
+    store = storage.of(plan.recipe.storage_path)
+    if not (directory / META).is_file() and not (store and _fetch(store, directory)):
         _make(plan, source, directory, console)
+    if store and not _is_there(store, directory):
+        with console.status(f"copying prepared data to {store.uri}"):
+            store.put_directory(directory, f"{CACHE}/{key}", last=META)
     prepared = Prepared(directory=directory, **read_json(directory / META))
     _check_held_out(plan, prepared.num_samples["test"])
     return plan.with_data(directory=directory, num_samples=prepared.num_samples["train"]), prepared
+
+
+def bring(plan: Plan) -> None:
+    """Fetch a plan's prepared data to this node, where it is a store that nodes share and this one lacks it."""
+    store, directory = storage.of(plan.recipe.storage_path), plan.data_dir
+    if store is None or (directory / META).is_file():
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_name(f".{directory.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node fetches, the others wait for it
+        if not (directory / META).is_file() and not _fetch(store, directory):
+            raise DataError(
+                f"prepared data {directory.name} is not whole in {store.uri}/{CACHE}. Remove it there and run the same "
+                "command again: it is prepared anew"
+            )
+
+
+def _is_there(store: Store, directory: Path) -> bool:
+    return META in storage.persistently(lambda: store.sizes(f"{CACHE}/{directory.name}"))
+
+
+def _fetch(store: Store, directory: Path) -> bool:
+    """Fetch prepared data; return whether it is there and whole. What is not is removed there, to be made anew."""
+    name, staging = f"{CACHE}/{directory.name}", directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        if not store.get_directory(name, staging, last=META):
+            return False
+        if not _is_whole(staging):
+            store.remove_directory(name)
+            return False
+        with contextlib.suppress(OSError):  # another process was faster
+            staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return (directory / META).is_file()
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        return not disagreements(directory, read_json(directory / MANIFEST)["files"], manifest=MANIFEST)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _makers(plan: Plan) -> dict[str, str]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytx import pulse, rendezvous, worker
+from raytx import mirror, pulse, rendezvous, worker
 from raytx.channel import Channel
 from raytx.errors import RaytxError
 from raytx.journal import FED, Journal
@@ -126,6 +126,8 @@ def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
             saved=job.saved,
         )
         state = worker.train(plan, session)
+    if job.rank == 0 and (mirrored := mirror.of(plan)):
+        mirrored.leave(lambda text: channel.send({"record": {"kind": "remark", "text": text}}), mirror.JOURNAL)
     rendezvous.part()
     return {"step": state.step}
 

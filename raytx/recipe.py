@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
 
+from raytx import storage
 from raytx.components import (
     Component,
     CompressionConfig,
@@ -58,7 +59,8 @@ class Recipe(Section):
     name: str = Field(min_length=1, max_length=100)
     """Names the run and its directory. Training a name again goes on where it was."""
     storage_path: str = "~/raytx-runs"
-    """Where run directories live; on several nodes a directory that all of them share."""
+    """Where runs live: a directory, on several nodes one that all of them share, or a URI such as s3://bucket/path of
+    any file system that pyarrow or fsspec knows. With a URI nodes share nothing but it, and work in local caches."""
     model: Annotated[SerializeAsAny[ModelConfig], _component("model")]
     """The model and its task."""
     data: Annotated[SerializeAsAny[DataConfig], _component("data")]
@@ -86,8 +88,8 @@ class Recipe(Section):
 
     @field_validator("storage_path")
     @classmethod
-    def _known_home(cls, path: str) -> str:
-        if (problem := _homeless(path)) is not None:
+    def _usable(cls, path: str) -> str:
+        if (problem := storage.refusal(path) if storage.is_uri(path) else _homeless(path)) is not None:
             raise ValueError(problem)
         return path
 

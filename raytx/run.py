@@ -9,13 +9,14 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from raytx import status
+from raytx import status, storage
 from raytx.errors import DataError, RecipeError, ResourceError
 from raytx.files import read_json, write_json, write_text
 from raytx.plan import Plan, identity
@@ -36,9 +37,10 @@ PACKAGES = (
 
 
 @contextlib.contextmanager
-def own(plan: Plan) -> Iterator[Path]:
-    """Hold a plan's run directory; refuse a second owner and a plan that learns something else."""
-    with lock(plan.run_dir, doing=TRAINING):
+def own(plan: Plan, also: AbstractContextManager[object] | None = None) -> Iterator[Path]:
+    """Hold a plan's run directory, and `also` what is given; refuse a second owner and a plan that learns something
+    else."""
+    with lock(plan.run_dir, doing=TRAINING), also or contextlib.nullcontext():
         check_same(plan)
         with status.recorded(plan.run_dir, TRAINING):
             yield plan.run_dir
@@ -129,10 +131,16 @@ def check_same_data(plan: Plan) -> None:
 def _earlier(plan: Plan) -> dict[str, Any] | None:
     """Return the plan of the run that lives in this directory, once it has a checkpoint to go on from."""
     path = plan.run_dir / PLAN
-    if not path.is_file() or not any((plan.run_dir / "checkpoints").glob("step-*")):
+    if not path.is_file() or not _has_saved(plan):
         return None
     earlier: dict[str, Any] = read_json(path)
     return earlier
+
+
+def _has_saved(plan: Plan) -> bool:
+    if (store := storage.of(plan.recipe.storage_path)) is not None:
+        return any(name.endswith("/manifest.json") for name in store.sizes(f"{plan.recipe.name}/checkpoints"))
+    return any((plan.run_dir / "checkpoints").glob("step-*"))
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

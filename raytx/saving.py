@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import threading
 import time
@@ -14,19 +13,19 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
-from raytx import checkpoint, pulse
+from raytx import checkpoint, mirror, pulse
 from raytx.artifact import Golden
 from raytx.checkpoint import Content, Demo, Files, State
 from raytx.components import Engine, TensorHeader
 from raytx.errors import CheckpointError, TrainingError
 from raytx.files import SPELLED, sync_directory, write_safetensors
+from raytx.mirror import Mirror, Saved
 from raytx.plan import Plan
+from raytx.storage import PAUSES_S
 
 SHARD_BYTES = 1 << 30
 """A rank starts a new file when the tensors it holds reach this size, which bounds what is written again on failure
 and, where nothing is written in the background, the extra memory."""
-PAUSES_S = (1.0, 4.0, 15.0)
-"""Seconds between tries of a write that fails, before the run is stopped."""
 POLL_S = 0.02
 NOTICEABLE_S = 1.0
 """Seconds of waiting for the save before, from which on the user is told."""
@@ -73,6 +72,7 @@ class Saver:
         """
         self._engine, self._plan, self._rank = engine, plan, rank
         self._promised, self._log, self._flush = promised, log, flush
+        self._mirror = mirror.of(plan)
         self._save: _Save | None = None
         self._told = False
         if rank == 0:
@@ -95,7 +95,7 @@ class Saver:
         self._finish_earlier(state)
         target = checkpoint.directory_of(self._plan.run_dir, state.step)
         staging = target.with_name(f".{target.name}.{self._attempt}.staging")
-        save = self._save = _Save(staging, target, Content(self._plan, state, golden, demo), since)
+        save = self._save = _Save(staging, target, Content(self._plan, state, golden, demo), since, self._mirror)
         tensors = _copied(self._engine)
         if self._plan.recipe.save.background:
             held = deque(tensors)  # here and now: the engine's iteration is collective
@@ -123,6 +123,8 @@ class Saver:
             self._seal(save, statuses)
         elif statuses[0].phase == "sealed":
             self._save = None
+            if self._mirror:
+                mirror.keep_local(save.staging, save.target)
             self._tell(save, statuses)
 
     def wait(self) -> None:
@@ -197,6 +199,8 @@ class Saver:
         """
         files = _ShareOfFiles(save, self._rank)
         error: str | None = None
+        if self._mirror:
+            mirror.tidy(self._plan.run_dir)
         for key, array in tensors:
             error = error or _attempted(lambda: files.add(key, array))  # noqa: B023  called at once
         error = error or _attempted(files.close)
@@ -205,12 +209,13 @@ class Saver:
 
     def _commit(self, save: _Save, files: Files) -> None:
         """Make the checkpoint complete and remove those that need not stay. Rank 0 only."""
-        keep, best = self._plan.recipe.save.num_to_keep, save.content.state.best_step
-        seal = functools.partial(checkpoint.seal, save.staging, save.target, files=files, content=save.content)
+        kept = {"num_to_keep": self._plan.recipe.save.num_to_keep, "best_step": save.content.state.best_step}
         error = _attempted(self._flush)
-        error = error or _attempted(lambda: save.persist(seal))
+        error = error or _attempted(lambda: save.persist(lambda: save.seal(files)))
         if error is None:  # what cannot be removed now can be the next time
-            _attempted(lambda: checkpoint.retain(self._plan.run_dir, num_to_keep=keep, best_step=best))
+            if (mirrored := self._mirror) is not None:
+                _attempted(lambda: mirrored.retain(**kept))
+            _attempted(lambda: checkpoint.retain(self._plan.run_dir, **kept))
         save.status = Status("failed" if error else "sealed", error=error, retried=tuple(save.retried))
 
 
@@ -222,6 +227,7 @@ class _Save:
     target: Path
     content: Content
     since: float
+    mirror: Mirror | None
     status: Status = field(default_factory=lambda: Status("writing"))
     """Replaced as a whole, by a thread or between threads; so it is always of one moment."""
     bytes: int = 0
@@ -240,6 +246,25 @@ class _Save:
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(LINGER_S)
+
+    @property
+    def saved(self) -> Saved:
+        """What it is in a store."""
+        attempt = self.staging.name.removeprefix(f".{self.target.name}.").removesuffix(".staging")
+        return Saved(self.content.state.step, attempt)
+
+    def share(self, path: Path) -> None:
+        """Put a file that is on this node's disk where all nodes see it. Raises OSError."""
+        if self.mirror:
+            self.mirror.put(path, self.saved, advance=self.advance)
+
+    def seal(self, files: Files) -> None:
+        """Make it a checkpoint, as every rank has written its files. Raises OSError or CheckpointError."""
+        if self.mirror is None:
+            return checkpoint.seal(self.staging, self.target, files=files, content=self.content)
+        checkpoint.finish(self.staging, files=files, content=self.content)
+        self.mirror.commit(self.staging, self.saved, files)
+        mirror.keep_local(self.staging, self.target)
 
     def advance(self, size: int) -> None:
         self.bytes += size
@@ -290,6 +315,7 @@ class _ShareOfFiles:
             return
         name = f"{stem}-{self._rank:05d}-{self._counts[stem]:05d}.safetensors"
         self._save.persist(lambda: self._put(name, arrays))
+        self._save.persist(lambda: self._save.share(self._save.staging / name))
         self._held[stem], self._bytes[stem] = {}, 0
         self._counts[stem] += 1
 

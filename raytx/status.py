@@ -49,7 +49,7 @@ def claim(file: IO[str], doing: str) -> None:
     with contextlib.suppress(OSError):
         file.seek(0)
         file.truncate()
-        file.write(json.dumps(_this(doing)))
+        file.write(json.dumps(this(doing)))
         file.flush()
 
 
@@ -65,7 +65,7 @@ def turns(run_dir: Path) -> list[Turn]:
 @contextlib.contextmanager
 def recorded(run_dir: Path, doing: str) -> Iterator[None]:
     """Record this process's turn: its beginning at once, and how it ends; a kill leaves a turn without an end."""
-    _write(run_dir, [*turns(run_dir), _this(doing)])
+    _write(run_dir, [*turns(run_dir), this(doing)])
     try:
         yield
     except (KeyboardInterrupt, StoppedError):
@@ -98,7 +98,8 @@ def _said(file: IO[str]) -> Turn:
     return said if isinstance(said, dict) else {}
 
 
-def _this(doing: str) -> Turn:
+def this(doing: str) -> Turn:
+    """Return what this process says of itself when it begins to do something."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
     started = round(time.time(), 3)
     return {"host": socket.gethostname(), "pid": os.getpid(), "doing": doing, "command": command, "started": started}

@@ -10,13 +10,14 @@ import ray
 from ray.train import UserCallback
 from rich.console import Console
 
-from raytx import checkpoint, cluster, run
+from raytx import checkpoint, cluster, mirror, run
+from raytx.checkpoint import State
 from raytx.errors import RaytxError
 from raytx.export import Exported, published
 from raytx.export import export as export_checkpoint
 from raytx.launch import environment, launch
 from raytx.plan import Plan, resolve
-from raytx.prepare import Prepared, prepare
+from raytx.prepare import Prepared, bring, prepare
 from raytx.recipe import Recipe, load
 from raytx.report import write_report
 
@@ -61,7 +62,9 @@ def fit(
 ) -> Result:
     """Carry a plan out. Ray is started, or joined at `address`, once the data is known to be good."""
     console = console or Console(quiet=True)
-    with run.own(plan) as run_dir:
+    mirrored = mirror.of(plan)
+    held = mirror.held(plan, doing=run.TRAINING, tell=lambda text: console.print(text, style="yellow"))
+    with run.own(plan, held) as run_dir:
         plan, prepared = prepare(plan, console)
         run.record(plan)
         _announce(plan, prepared, console)
@@ -70,10 +73,12 @@ def fit(
         else:
             _connect(plan, address, verbose, console)
             launch(plan, callbacks=callbacks, console=console)
-        chosen = checkpoint.chosen(run_dir, plan)
+        chosen = mirrored.chosen(plan) if mirrored else checkpoint.chosen(run_dir, plan)
         result = Result(run_dir, chosen.step, chosen.state.metrics, chosen.directory)
         if export and plan.recipe.export:
             result = replace(result, artifacts=_artifacts(chosen.directory, plan, address, verbose, console))
+        if mirrored:
+            mirrored.pull(mirror.JOURNAL, grown=True)
         write_report(run_dir)
         return result
 
@@ -93,6 +98,8 @@ def _connect(plan: Plan, address: str | None, verbose: bool, console: Console) -
 
 def _artifacts(directory: Path, plan: Plan, address: str | None, verbose: bool, console: Console) -> dict[str, Path]:
     """Return a checkpoint's artifacts; what is there already, and whole, is not made again."""
+    if mirrored := mirror.of(plan):
+        mirrored.pull_artifacts()
     if (there := published(directory, plan)) is not None:
         return there
     with console.status("starting Ray"):
@@ -103,7 +110,7 @@ def _artifacts(directory: Path, plan: Plan, address: str | None, verbose: bool, 
 def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
     """Export in a process of its own on the cluster: it may need more memory than the driver's machine has."""
     variables = {"env_vars": environment(plan)}
-    task = ray.remote(num_cpus=1, runtime_env=variables, max_retries=1)(export_checkpoint)
+    task = ray.remote(num_cpus=1, runtime_env=variables, max_retries=1)(_exported)
     with console.status("exporting and replaying golden outputs"):
         try:
             exported: Exported = ray.get(task.remote(directory, plan))
@@ -116,14 +123,28 @@ def _export(directory: Path, plan: Plan, console: Console) -> dict[str, Path]:
                 f"the process that exported {directory} died: {str(error).strip().splitlines()[0]}"
             ) from error
     exported.show(console)
-    return exported.artifacts
+    if mirrored := mirror.of(plan):
+        mirrored.pull_artifacts()
+    return {type_: plan.run_dir / mirror.ARTIFACTS / type_ for type_ in exported.artifacts}
+
+
+def _exported(directory: Path, plan: Plan) -> Exported:
+    """Export a checkpoint where this runs, which of a mirrored run need not be a node that has it."""
+    if (mirrored := mirror.of(plan)) is None:
+        return export_checkpoint(directory, plan)
+    bring(plan)
+    exported = export_checkpoint(mirrored.chosen(plan).directory, plan)
+    mirrored.push_artifacts()
+    return exported
 
 
 def _announce(plan: Plan, prepared: Prepared, console: Console) -> None:
     """Say in one breath what is about to happen."""
     recipe = plan.recipe
     name, values = prepared.baseline["name"], {k: v for k, v in prepared.baseline.items() if k != "name"}
-    console.print(f"[bold]{recipe.name}[/]  {plan.run_dir}", highlight=False)
+    mirrored = mirror.of(plan)
+    where = f"{mirrored.uri}, here {plan.run_dir}" if mirrored else plan.run_dir
+    console.print(f"[bold]{recipe.name}[/]  {where}", highlight=False)
     console.print(
         f"model {recipe.model.type}, {plan.size.parameters:,} parameters{_trained(plan)}; "
         f"{prepared.num_samples['train']:,} training and {prepared.num_samples['test']:,} held-out samples; "
@@ -148,6 +169,9 @@ def _trained(plan: Plan) -> str:
 
 def _finished(plan: Plan, prepared: Prepared) -> bool:
     """Tell whether the last step is done and measured: an order to stop may have come in between."""
-    newest = checkpoint.newest(plan.run_dir)
-    measured = newest is not None and (newest.state.metrics or not prepared.num_samples["test"])
-    return newest is not None and newest.step == plan.steps and bool(measured)
+    if mirrored := mirror.of(plan):
+        state = mirrored.state()
+    else:
+        newest = checkpoint.newest(plan.run_dir)
+        state = newest.state if newest else State()
+    return state.step == plan.steps and bool(state.metrics or not prepared.num_samples["test"])

@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from raytx import checkpoint, nonfinite, pulse
+from raytx import checkpoint, mirror, nonfinite, pulse
 from raytx.artifact import Golden
 from raytx.batches import Batches, evaluation_batches, spread
 from raytx.checkpoint import State
@@ -20,7 +20,7 @@ from raytx.errors import TrainingError
 from raytx.files import read_json
 from raytx.ledger import Ledger
 from raytx.plan import Plan
-from raytx.prepare import META, Prepared, Samples
+from raytx.prepare import META, Prepared, Samples, bring
 from raytx.saving import Saver
 from raytx.seeding import seed_generators
 from raytx.tasks.base import Task
@@ -63,7 +63,7 @@ class Session:
 def train(plan: Plan, session: Session) -> State:
     """Train one rank's part of a plan to its last step, or until it is told to stop; return the state that was saved
     last, the same on every rank."""
-    assert plan.prepared is not None
+    bring(plan)
     prepared = _prepared(plan)
     model = plan.recipe.model.build()
     task = model.task(prepared.processor)
@@ -89,8 +89,7 @@ def train(plan: Plan, session: Session) -> State:
 
 
 def _prepared(plan: Plan) -> Prepared:
-    directory = Path(plan.prepared or "")
-    return Prepared(directory=directory, **read_json(directory / META))
+    return Prepared(directory=plan.data_dir, **read_json(plan.data_dir / META))
 
 
 def structure(plan: Plan) -> Any:
@@ -105,10 +104,10 @@ def structure(plan: Plan) -> Any:
 
 def restore(engine: Engine, plan: Plan, session: Session) -> State:
     """Load the newest complete checkpoint into the engine, the same on every rank; a fresh state when there is none."""
-    source = checkpoint.newest(
-        plan.run_dir,
+    mirrored = mirror.of(plan)
+    newest = mirrored.newest if mirrored else partial(checkpoint.newest, plan.run_dir, set_aside=True)
+    source = newest(
         tell=(lambda text: session.log({"kind": "remark", "text": text})) if session.rank == 0 else None,
-        set_aside=True,
         rank=session.rank,
         gather=engine.gather,
     )

@@ -1,0 +1,357 @@
+"""A run in a store: checkpoints, records, artifacts, and how the local directories of its nodes follow.
+
+    <storage_path>/<name>/
+        checkpoints/step-00000200.18c2f0a1d2e3f405/   as checkpoint.py has it; the number is the attempt's that saved it
+        plan.json  status.json  metrics.jsonl ...     records, as of the last save
+        artifacts/hf/                                 artifact.json last
+        lease                                         who holds the run; see lease.py
+
+A store has no renaming, so a checkpoint is there exactly when its manifest is, which is put there last. No two attempts
+write under one name: one that was given up may still be at it. Each node keeps what it wrote or fetched, and fetches
+what it lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytx import artifact, checkpoint, storage
+from raytx.checkpoint import MANIFEST, Checkpoint, Files, State
+from raytx.errors import CheckpointError, ResourceError, TrainingError
+from raytx.files import parse_sealed, sha256, walk
+from raytx.journal import LEDGER, METRICS
+from raytx.lease import LEASE, Lease
+from raytx.plan import Plan
+from raytx.storage import Store, persistently, together
+
+JOURNAL = (METRICS, LEDGER, "tensorboard/*")
+"""What rank 0 writes, on its node."""
+RECORDS = ("*.json", "recipe.yaml", "report.html", "stalls/*")
+"""What the driver writes, on its own."""
+CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
+DAMAGED = f"damaged-{MANIFEST}"
+"""What the manifest of a checkpoint is called that has turned out to be damaged."""
+DOWNLOADS = 2
+"""Times a file is fetched whose hash is not what it should be: a network may have done it."""
+
+
+def of(plan: Plan) -> Mirror | None:
+    """Return the mirror of a plan's run, or None where its storage path is a directory."""
+    store = storage.of(plan.recipe.storage_path)
+    return Mirror(store, plan.run_dir) if store else None
+
+
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint in the store."""
+
+    step: int
+    attempt: str
+    """Hexadecimal; of two the later one is greater."""
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:08d}.{self.attempt}"
+
+    @property
+    def place(self) -> str:
+        return f"{CHECKPOINTS}/{self.name}"
+
+
+class Mirror:
+    """A run in a store, and its directory on this node. Methods raise OSError when the store fails."""
+
+    def __init__(self, store: Store, run_dir: Path) -> None:
+        self._store, self._run_dir = store, run_dir
+        self._pushed: dict[str, tuple[int, int]] = {}
+
+    @property
+    def uri(self) -> str:
+        """The run's address, without what the storage path says besides."""
+        return f"{self._store.uri.partition('?')[0].rstrip('/')}/{self._run_dir.name}"
+
+    def _at(self, name: str) -> str:
+        return f"{self._run_dir.name}/{name}"
+
+    # ---- saving
+
+    def put(self, path: Path, saved: Saved, *, advance: Callable[[int], object] = int) -> None:
+        """Put a file of a rank's share into a checkpoint that is not committed yet."""
+        self._store.put(path, self._at(f"{saved.place}/{path.name}"), advance=advance)
+
+    def commit(self, staging: Path, saved: Saved, files: Files) -> None:
+        """Put what is no rank's share there, and when all is there, the manifest.
+
+        `files` are the ranks'. Raises CheckpointError when one of them is not there as it was put.
+        """
+        others = [name for path in walk(staging) if (name := str(path.relative_to(staging))) not in {*files, MANIFEST}]
+        place = self._at(saved.place)
+        together(lambda name: self._store.put(staging / name, f"{place}/{name}"), others)
+        sizes = self._store.sizes(place)
+        wanted = {name: entry["bytes"] for name, entry in files.items()}
+        wanted |= {name: (staging / name).stat().st_size for name in others}
+        if lost := [name for name, size in wanted.items() if sizes.get(name) != size]:
+            raise CheckpointError(f"{', '.join(lost)}: put there, and now gone from {self.uri} or of another size")
+        self.push(JOURNAL)
+        self._store.put(staging / MANIFEST, f"{place}/{MANIFEST}")
+
+    def retain(self, *, num_to_keep: int | None, best_step: int | None) -> None:
+        """Remove checkpoints beyond the newest num_to_keep, and what killed attempts have left; the best one stays.
+
+        Called when a checkpoint has just been committed, by the one who did. Manifests go first: what is half removed
+        must not look like a checkpoint.
+        """
+        sizes = self._store.sizes(self._at(CHECKPOINTS))
+        kept: list[Saved] = []
+        for one in _committed(sizes):
+            if one.step not in {other.step for other in kept}:
+                kept += [one] if num_to_keep is None or len(kept) < num_to_keep or one.step == best_step else []
+        damaged = {name.partition("/")[0] for name in sizes if name.endswith(f"/{DAMAGED}")}
+        for name in {name.partition("/")[0] for name in sizes} - {one.name for one in kept} - damaged:
+            self._store.remove(self._at(f"{CHECKPOINTS}/{name}/{MANIFEST}"))
+            self._store.remove_directory(self._at(f"{CHECKPOINTS}/{name}"))
+
+    # ---- restoring
+
+    def committed(self) -> list[Saved]:
+        """Return the run's checkpoints, newest first. What is in them is not looked at."""
+        return _committed(self._store.sizes(self._at(CHECKPOINTS)))
+
+    def state(self, saved: Saved | None = None) -> State:
+        """Return how far a checkpoint is, by default the newest, without fetching it; step 0 where it does not tell."""
+        if saved is None and (saved := next(iter(self.committed()), None)) is None:
+            return State()
+        try:
+            return State(**json.loads(self._store.read(self._at(f"{saved.place}/state.json")) or b"{}"))
+        except (ValueError, TypeError):
+            return State()
+
+    def newest(
+        self,
+        *,
+        tell: Callable[[str], None] | None = None,
+        rank: int = 0,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> Checkpoint | None:
+        """Return the newest checkpoint that is as its manifest says, fetched to every node, or None. Collective.
+
+        One rank of each node fetches, rank 0 the journal of then as well. Damaged ones are told, and count no more.
+        Raises TrainingError on every rank when the store cannot be read: to go on from an older checkpoint then would
+        lose what was learned.
+        """
+        mine = storage.token(self._run_dir)
+        fetches = gather(mine).index(mine) == rank
+        found = _agreed(gather(_tried(lambda: self._begin()) if fetches else None), rank=0, what=self.uri)
+        for saved in found or []:
+            what = f"{self.uri}/{saved.place}"
+            problem = _agreed(gather(_tried(lambda: self.fetch(saved)) if fetches else None), rank=None, what=what)  # noqa: B023
+            if problem is None:
+                _agreed(gather(_tried(lambda: self.pull(JOURNAL)) if rank == 0 else None), rank=0, what=self.uri)
+                return Checkpoint(checkpoint.directory_of(self._run_dir, saved.step))
+            if rank == 0:
+                self._demote(saved)
+                (tell or str)(f"checkpoint {saved.name} is damaged and passed over: {problem}")
+        return None
+
+    def chosen(self, plan: Plan) -> Checkpoint:
+        """Return, fetched, the checkpoint that artifacts are made of; as checkpoint.chosen has it."""
+        saved, problems = self.committed(), []
+        if plan.recipe.save.keep == "best":
+            values = {one: self.state(one).metrics.get(plan.metric) for one in saved}
+            saved.sort(key=lambda one: _rank(values[one], plan.metric_mode))  # stable: of equals the newest
+        for one in saved:
+            if (problem := self.fetch(one)) is None:
+                return Checkpoint(checkpoint.directory_of(self._run_dir, one.step))
+            problems.append(f"checkpoint {one.name} is damaged and passed over: {problem}")
+        raise CheckpointError(". ".join([f"{self.uri}: holds no complete checkpoint", *problems]))
+
+    def fetch(self, saved: Saved) -> str | None:
+        """Make this node's directory of a checkpoint what the store has; return what is damaged there, or None."""
+        if (manifest := persistently(lambda: self._store.read(self._at(f"{saved.place}/{MANIFEST}")))) is None:
+            return f"{MANIFEST}: missing"
+        try:
+            found = parse_sealed(manifest)
+            files: Files = found["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            return f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"
+        if found.get("format") != checkpoint.FORMAT:
+            return f"{MANIFEST}: format {found.get('format')!r}, this raytx reads {checkpoint.FORMAT}"
+        target = checkpoint.directory_of(self._run_dir, saved.step)
+        staging = target.with_name(f".{target.name}.fetched")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        problems = together(lambda name: self._bring(saved, name, files[name], target, staging), files)
+        if any(problems):
+            return "; ".join(filter(None, problems))
+        (staging / MANIFEST).write_bytes(manifest)
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        return None
+
+    def _begin(self) -> list[Saved]:
+        """Ready this node's directory; return what there is to restore from."""
+        checkpoint.make_room(self._run_dir)
+        return persistently(self.committed)
+
+    def _bring(self, saved: Saved, name: str, wanted: Mapping[str, Any], target: Path, staging: Path) -> str | None:
+        """Take a file from this node's directory where it is whole there, else from the store."""
+        here, path = target / name, staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if here.is_file() and here.stat().st_size == wanted["bytes"] and sha256(here) == wanted["sha256"]:
+            here.rename(path)
+            return None
+        for _ in range(DOWNLOADS):
+            try:
+                if persistently(lambda: self._store.get(self._at(f"{saved.place}/{name}"), path)) == wanted["sha256"]:
+                    return None
+            except FileNotFoundError:
+                return f"{name}: missing"
+        return f"{name}: its SHA-256 differs from the manifest"
+
+    def _demote(self, saved: Saved) -> None:
+        """Make a damaged checkpoint none, and leave it there to be looked at."""
+        with contextlib.suppress(OSError):
+            manifest = self._store.read(self._at(f"{saved.place}/{MANIFEST}")) or b""
+            self._store.write(self._at(f"{saved.place}/{DAMAGED}"), manifest)
+            self._store.remove(self._at(f"{saved.place}/{MANIFEST}"))
+
+    # ---- records and artifacts
+
+    def lease(self) -> Lease:
+        return Lease(self._store, self._at(LEASE), place=storage.token(self._run_dir))
+
+    def leave(self, tell: Callable[[str], None], names: Iterable[str] = RECORDS) -> None:
+        """Put the records there as they are at the end; that they cannot be is told, and is no failure of the run."""
+        try:
+            persistently(lambda: self.push(names))
+        except OSError as error:
+            tell(f"what this run has written down last cannot be copied to {self.uri}: {error}")
+
+    def push(self, names: Iterable[str]) -> None:
+        """Put files of the run's directory there that have changed since this was last done; names are patterns."""
+        for path in _matching(self._run_dir, names):
+            name, seen = str(path.relative_to(self._run_dir)), path.stat()
+            if self._pushed.get(name) != (seen.st_size, seen.st_mtime_ns):
+                self._store.put(path, self._at(name))
+                self._pushed[name] = (seen.st_size, seen.st_mtime_ns)
+
+    def pull(self, names: Iterable[str], *, grown: bool = False) -> None:
+        """Fetch files of the run; with `grown`, only those that are longer there than here."""
+        for name, size in self._store.sizes(self._run_dir.name).items():
+            path = self._run_dir / name
+            if not any(_matches(name, pattern) for pattern in names):
+                continue
+            if not (grown and path.is_file() and path.stat().st_size >= size):
+                persistently(lambda: self._store.get(self._at(name), path))  # noqa: B023  called at once
+
+    def push_artifacts(self) -> None:
+        """Put this node's artifacts there, in place of those that were."""
+        for directory in sorted((self._run_dir / ARTIFACTS).glob("[!.]*")):
+            place = self._at(f"{ARTIFACTS}/{directory.name}")
+            persistently(lambda: self._store.remove(f"{place}/{artifact.MANIFEST}"))  # noqa: B023  called at once
+            persistently(lambda: self._store.remove_directory(place))  # noqa: B023
+            self._store.put_directory(directory, place, last=artifact.MANIFEST)
+
+    def pull_artifacts(self) -> None:
+        """Fetch the artifacts that this node lacks or has of another make."""
+        names = self._store.sizes(self._at(ARTIFACTS))
+        for type_ in sorted({name.partition("/")[0] for name in names if name.endswith(f"/{artifact.MANIFEST}")}):
+            target, place = self._run_dir / ARTIFACTS / type_, self._at(f"{ARTIFACTS}/{type_}")
+            manifest, here = self._store.read(f"{place}/{artifact.MANIFEST}"), target / artifact.MANIFEST
+            if not here.is_file() or here.read_bytes() != manifest:
+                staging = target.with_name(f".{type_}.fetched")
+                shutil.rmtree(staging, ignore_errors=True)
+                if self._store.get_directory(place, staging, last=artifact.MANIFEST):
+                    shutil.rmtree(target, ignore_errors=True)
+                    staging.rename(target)
+
+
+def keep_local(staging: Path, target: Path) -> None:
+    """Keep what this node wrote of a committed checkpoint: that need not be fetched. Any rank of a node may call it."""
+    with contextlib.suppress(OSError):
+        if staging.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+
+
+def tidy(run_dir: Path) -> None:
+    """Remove what this node alone wrote of checkpoints that others completed, but for the newest."""
+    shares = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if not (path / MANIFEST).is_file()]
+    for path in sorted(shares)[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(plan: Plan, *, doing: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold a plan's run in its store while the block runs, beginning with its records, and leaving them there.
+
+    Does nothing where the storage path is a directory. Raises ResourceError when it is in use or cannot be used.
+    """
+    if (mirror := of(plan)) is None:
+        yield
+        return
+    with mirror.lease().held(doing=doing, tell=tell):
+        try:
+            mirror.pull(RECORDS)
+        except OSError as error:
+            raise ResourceError(f"storage_path: cannot read {mirror.uri}: {error}") from None
+        try:
+            yield
+        finally:
+            mirror.leave(tell)
+
+
+def _committed(sizes: Mapping[str, int]) -> list[Saved]:
+    found = (re.fullmatch(r"step-(\d{8,})\.([0-9a-f]+)/" + re.escape(MANIFEST), name) for name in sizes)
+    return sorted((Saved(int(match[1]), match[2]) for match in found if match), reverse=True)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A star stands for a part of one name, as in Path.glob."""
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def _matching(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file()]
+
+
+def _rank(value: float | None, mode: str) -> float:
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value if mode == "min" else -value
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of what one rank did for its node."""
+
+    found: Any = None
+    error: str | None = None
+
+
+def _tried(action: Callable[[], Any]) -> _Answer:
+    try:
+        return _Answer(action())
+    except OSError as error:
+        return _Answer(error=str(error))
+
+
+def _agreed(answers: list[_Answer | None], *, rank: int | None, what: str) -> Any:
+    """Return the answer of one rank, or the first that says anything; raise TrainingError when any could not answer."""
+    given = [answer for answer in answers if answer is not None]
+    if errors := [answer.error for answer in given if answer.error]:
+        raise TrainingError(
+            f"cannot read {what}: {errors[0]}. Repair the storage, or the way to it, and run the same command again"
+        )
+    if rank is not None:
+        return given[rank].found
+    return next((answer.found for answer in given if answer.found), None)
