@@ -404,7 +404,7 @@ def list_(storage_paths: tuple[str, ...], as_json: bool) -> None:
     from raytx.listing import show_list
     from raytx.runs import default_storage, list_runs
 
-    found = list_runs(*storage_paths)
+    found = list_runs(*(_storage(path) for path in storage_paths))
     if as_json:
         click.echo(dumped(found))
     else:
@@ -419,9 +419,9 @@ def show_(run: str, storage_path: str | None, as_json: bool) -> None:
     """Tell all of RUN, a directory or a name: plan, attempts, checkpoints, artifacts and what came of what."""
     from raytx.listing import as_json as dumped
     from raytx.listing import show_details
-    from raytx.runs import details, find
+    from raytx.runs import details
 
-    found = details(find(run, storage_path))
+    found = details(_find(run, storage_path))
     click.echo(dumped(found)) if as_json else show_details(found, _console())
 
 
@@ -434,9 +434,9 @@ def diff(run_a: str, run_b: str, storage_path: str | None, as_json: bool) -> Non
     """Show in what RUN_A and RUN_B differ: recipe, data, software, results."""
     from raytx.listing import as_json as dumped
     from raytx.listing import show_comparison
-    from raytx.runs import compare, find
+    from raytx.runs import compare
 
-    found = compare(find(run_a, storage_path), find(run_b, storage_path))
+    found = compare(_find(run_a, storage_path), _find(run_b, storage_path))
     click.echo(dumped(found)) if as_json else show_comparison(found, _console())
 
 
@@ -449,11 +449,12 @@ def verify(names: tuple[str, ...], replay: bool, storage_path: str | None, as_js
     """Check every hash, lineage and journal of each RUN, of all runs if none is named; exit code 2 if any is wrong."""
     from raytx.listing import as_json as dumped
     from raytx.listing import show_verdict
-    from raytx.runs import everything, find
+    from raytx.runs import everything
     from raytx.verify import hashed_bytes, verifiable
     from raytx.verify import verify as look
 
-    named = [find(name, storage_path) for name in names] if names else everything(storage_path)
+    named = [_find(name, storage_path, whole=True) for name in names]
+    named = named or everything(storage_path and _storage(storage_path, whole=True))
     run_dirs = [run_dir for path in named for run_dir in verifiable(path)]
     console, verdicts, known = _console(), [], {}  # type: ignore[var-annotated]
     with _hashing(console, hashed_bytes(run_dirs), quiet=as_json) as advance:
@@ -466,6 +467,23 @@ def verify(names: tuple[str, ...], replay: bool, storage_path: str | None, as_js
     elif not run_dirs:
         console.print("there are no runs", highlight=False)
     sys.exit(2 if any(verdict.problems for verdict in verdicts) else 0)
+
+
+def _find(run: str, storage_path: str | None, *, whole: bool = False) -> Path:
+    """Return the directory of a run; of one in a store, that of a copy."""
+    from raytx.runs import find
+    from raytx.storage import is_uri, split
+
+    storage_path, name = split(run) if is_uri(run) else (storage_path, run)
+    return find(name, storage_path and _storage(storage_path, only=name, whole=whole))
+
+
+def _storage(path: str, **what: Any) -> str:
+    """Return a storage path's directory; of a store, that of copies of its runs."""
+    from raytx.mirror import copies
+    from raytx.storage import is_uri
+
+    return str(copies(path, **what)) if is_uri(path) else path
 
 
 @contextlib.contextmanager

@@ -29,6 +29,10 @@ SETTLE_S = 0.5
 """Of two who take a lease at the same moment, the one that wrote last has it; so long each waits to see."""
 
 
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @dataclass(frozen=True)
 class Lease:
     """A file in a store."""
@@ -40,20 +44,25 @@ class Lease:
 
     @contextlib.contextmanager
     def held(
-        self, *, doing: str, tell: Callable[[str], None], lost: Callable[[], None] | None = None
-    ) -> Iterator[None]:
+        self, *, doing: str, tell: Callable[[str], None], lost: Callable[[], None] = _end
+    ) -> Iterator[Callable[[], bool]]:
         """Hold it while the block runs; refuse where another process does, and take over from one that is gone.
 
-        `lost` is called, from a thread, when another has taken it, as this process was out of reach for too long; by
-        default that is as if this one was told to end.
+        Yields what tells whether it is still held. `lost` is called, from a thread, when another has taken it, as this
+        process was out of reach for too long; by default this one is then told to end.
         """
         mine = status.this(doing) | {"place": self.place, "id": uuid.uuid4().hex}
         self._take(mine, tell)
-        done = threading.Event()
-        renewal = threading.Thread(target=self._renew, args=(mine, done, tell, lost or _end), daemon=True)
+        done, gone = threading.Event(), threading.Event()
+
+        def leave() -> None:
+            gone.set()
+            lost()
+
+        renewal = threading.Thread(target=self._renew, args=(mine, done, tell, leave), daemon=True)
         renewal.start()
         try:
-            yield
+            yield lambda: not gone.is_set()
         finally:
             done.set()
             renewal.join(timeout=RENEW_S)
@@ -121,7 +130,3 @@ class Lease:
 
 def _who(other: dict[str, Any]) -> str:
     return f"{other.get('doing', 'somebody')}, pid {other.get('pid', '?')} on {other.get('host', '?')}"
-
-
-def _end() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -13,25 +13,30 @@ what it lacks.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fnmatch
 import json
 import math
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raytx import artifact, checkpoint, storage
+from raytx import artifact, checkpoint, pulse, storage
 from raytx.checkpoint import MANIFEST, Checkpoint, Files, State
 from raytx.errors import CheckpointError, ResourceError, TrainingError
 from raytx.files import parse_sealed, sha256, walk
 from raytx.journal import LEDGER, METRICS
 from raytx.lease import LEASE, Lease
 from raytx.plan import Plan
-from raytx.storage import Store, persistently, together
+from raytx.storage import Seen, Store, StoreError, persistently, together
 
 JOURNAL = (METRICS, LEDGER, "tensorboard/*")
 """What rank 0 writes, on its node."""
@@ -40,6 +45,8 @@ RECORDS = ("*.json", "recipe.yaml", "report.html", "stalls/*")
 CHECKPOINTS, ARTIFACTS = "checkpoints", "artifacts"
 DAMAGED = f"damaged-{MANIFEST}"
 """What the manifest of a checkpoint is called that has turned out to be damaged."""
+POLL_S = 0.1
+SMALL_BYTES = 64 * 1024
 DOWNLOADS = 2
 """Times a file is fetched whose hash is not what it should be: a network may have done it."""
 
@@ -73,6 +80,8 @@ class Mirror:
     def __init__(self, store: Store, run_dir: Path) -> None:
         self._store, self._run_dir = store, run_dir
         self._pushed: dict[str, tuple[int, int]] = {}
+        self._moved = 0
+        """Bytes fetched, or found to be here already. For people who wait: threads may lose a few."""
 
     @property
     def uri(self) -> str:
@@ -150,17 +159,21 @@ class Mirror:
         """
         mine = storage.token(self._run_dir)
         fetches = gather(mine).index(mine) == rank
-        found = _agreed(gather(_tried(lambda: self._begin()) if fetches else None), rank=0, what=self.uri)
-        for saved in found or []:
-            what = f"{self.uri}/{saved.place}"
-            problem = _agreed(gather(_tried(lambda: self.fetch(saved)) if fetches else None), rank=None, what=what)  # noqa: B023
-            if problem is None:
-                _agreed(gather(_tried(lambda: self.pull(JOURNAL)) if rank == 0 else None), rank=0, what=self.uri)
-                return Checkpoint(checkpoint.directory_of(self._run_dir, saved.step))
+        found: list[Saved] = self._errand(self._begin if fetches else None, gather, self.uri)[0]
+        newest, passed_over = None, []
+        for saved in found:
+            fetch = partial(self.fetch, saved) if fetches else None
+            problems = list(filter(None, self._errand(fetch, gather, f"{self.uri}/{saved.place}")))
+            if not problems:
+                self._errand(partial(self.pull, JOURNAL) if rank == 0 else None, gather, self.uri)
+                newest = Checkpoint(checkpoint.directory_of(self._run_dir, saved.step))
+                break
+            passed_over.append(f"checkpoint {saved.name} is damaged and passed over: {problems[0]}")
             if rank == 0:
                 self._demote(saved)
-                (tell or str)(f"checkpoint {saved.name} is damaged and passed over: {problem}")
-        return None
+        for text in passed_over:  # now that the journal of then is here, it can be written there
+            (tell or str)(text)
+        return newest
 
     def chosen(self, plan: Plan) -> Checkpoint:
         """Return, fetched, the checkpoint that artifacts are made of; as checkpoint.chosen has it."""
@@ -207,15 +220,37 @@ class Mirror:
         here, path = target / name, staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if here.is_file() and here.stat().st_size == wanted["bytes"] and sha256(here) == wanted["sha256"]:
+            self._advance(wanted["bytes"])
             here.rename(path)
             return None
+        get = partial(self._store.get, self._at(f"{saved.place}/{name}"), path, advance=self._advance)
         for _ in range(DOWNLOADS):
             try:
-                if persistently(lambda: self._store.get(self._at(f"{saved.place}/{name}"), path)) == wanted["sha256"]:
+                if persistently(get) == wanted["sha256"]:
                     return None
             except FileNotFoundError:
                 return f"{name}: missing"
         return f"{name}: its SHA-256 differs from the manifest"
+
+    def _errand(self, action: Callable[[], Any] | None, gather: Callable[[Any], list[Any]], what: str) -> list[Any]:
+        """Have ranks that have something to do there do it; return what came of it, in rank order. Collective.
+
+        They ask each other meanwhile: a collective has a limit, and whoever watches them wants to see progress.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="raytx-mirror") as pool:
+            future = pool.submit(_answer, action) if action else None
+            before: list[_Answer | None] = []
+            while True:
+                wait([future] if future else [], timeout=POLL_S)
+                answers = gather(future.result() if future and future.done() else future and _Answer(bytes=self._moved))
+                if all(answer is None or answer.done for answer in answers):
+                    return _agreed([answer for answer in answers if answer], what)
+                if answers != before:
+                    pulse.phase("restore")
+                before = answers
+
+    def _advance(self, size: int) -> None:
+        self._moved += size
 
     def _demote(self, saved: Saved) -> None:
         """Make a damaged checkpoint none, and leave it there to be looked at."""
@@ -223,6 +258,30 @@ class Mirror:
             manifest = self._store.read(self._at(f"{saved.place}/{MANIFEST}")) or b""
             self._store.write(self._at(f"{saved.place}/{DAMAGED}"), manifest)
             self._store.remove(self._at(f"{saved.place}/{MANIFEST}"))
+
+    # ---- looking on
+
+    def copy(self, *, whole: bool) -> None:
+        """Make this node's directory, an empty one, what the run is like where storage is a directory.
+
+        Unless it is to be whole, of large files there are only names, sizes and times.
+        """
+        there = self._store.listed(self._run_dir.name)
+        local = _where_storage_is_a_directory(there)
+        together(lambda name: self._copy(name, local[name], there[name], whole=whole), local)
+        for directory in sorted({parent for name in local.values() for parent in Path(name).parents}, reverse=True):
+            newest = max(path.stat().st_mtime for path in (self._run_dir / directory).iterdir())
+            os.utime(self._run_dir / directory, (newest, newest))
+
+    def _copy(self, name: str, local: str, seen: Seen, *, whole: bool) -> None:
+        path = self._run_dir / local
+        if whole or seen.size < SMALL_BYTES or path.suffix in {".json", ".jsonl", ".yaml"}:
+            persistently(lambda: self._store.get(self._at(name), path))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.truncate(seen.size)
+        os.utime(path, (seen.changed, seen.changed))
 
     # ---- records and artifacts
 
@@ -299,15 +358,55 @@ def held(plan: Plan, *, doing: str, tell: Callable[[str], None]) -> Iterator[Non
     if (mirror := of(plan)) is None:
         yield
         return
-    with mirror.lease().held(doing=doing, tell=tell):
-        try:
-            mirror.pull(RECORDS)
-        except OSError as error:
-            raise ResourceError(f"storage_path: cannot read {mirror.uri}: {error}") from None
+    with _as_mistake(mirror.uri), mirror.lease().held(doing=doing, tell=tell) as ours:
+        mirror.pull(RECORDS)
         try:
             yield
         finally:
-            mirror.leave(tell)
+            if ours():
+                mirror.leave(tell)
+
+
+@contextlib.contextmanager
+def _as_mistake(uri: str) -> Iterator[None]:
+    """Say of a store that fails what the user can do."""
+    try:
+        yield
+    except StoreError as error:
+        raise ResourceError(
+            f"storage_path: {uri} cannot be used: {error}. Repair it, or the way to it, and run the same command again"
+        ) from error
+
+
+def copies(uri: str, *, only: str | None = None, whole: bool = False) -> Path:
+    """Return a new directory with the runs of a store, or only one of them, to look at; see Mirror.copy.
+
+    It lasts as long as this process.
+    """
+    store, directory = Store(uri), Path(tempfile.mkdtemp(prefix="raytx-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    with _as_mistake(uri):
+        names = {name.partition("/")[0] for name in store.sizes() if not name.startswith(".")}
+        for name in sorted(names & {only} or names):
+            Mirror(store, directory / name).copy(whole=whole)
+    return directory
+
+
+def _where_storage_is_a_directory(names: Iterable[str]) -> dict[str, str]:
+    """Return the names that files have there; what killed attempts have left has none."""
+    marks = {f"/{MANIFEST}": "", f"/{DAMAGED}": "damaged-"}
+    heads = {
+        name.removesuffix(end): f"{CHECKPOINTS}/{mark}{name.removeprefix(f'{CHECKPOINTS}/').partition('.')[0]}"
+        for name in names
+        for end, mark in marks.items()
+        if name.startswith(f"{CHECKPOINTS}/") and name.endswith(end)
+    }
+    found = {name: name for name in names if not name.startswith(f"{CHECKPOINTS}/")}
+    for name in names:
+        head = "/".join(name.split("/")[:2])
+        if head in heads:
+            found[name] = f"{heads[head]}{name.removeprefix(head)}"
+    return found
 
 
 def _committed(sizes: Mapping[str, int]) -> list[Saved]:
@@ -332,26 +431,25 @@ def _rank(value: float | None, mode: str) -> float:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What came of what one rank did for its node."""
+    """How far a rank is with what it does for its node."""
 
+    done: bool = False
     found: Any = None
     error: str | None = None
+    bytes: int = 0
 
 
-def _tried(action: Callable[[], Any]) -> _Answer:
+def _answer(action: Callable[[], Any]) -> _Answer:
     try:
-        return _Answer(action())
+        return _Answer(done=True, found=action())
     except OSError as error:
-        return _Answer(error=str(error))
+        return _Answer(done=True, error=str(error))
 
 
-def _agreed(answers: list[_Answer | None], *, rank: int | None, what: str) -> Any:
-    """Return the answer of one rank, or the first that says anything; raise TrainingError when any could not answer."""
-    given = [answer for answer in answers if answer is not None]
-    if errors := [answer.error for answer in given if answer.error]:
+def _agreed(answers: list[_Answer], what: str) -> list[Any]:
+    """Return what was found; raise TrainingError when any could not."""
+    if errors := [answer.error for answer in answers if answer.error]:
         raise TrainingError(
             f"cannot read {what}: {errors[0]}. Repair the storage, or the way to it, and run the same command again"
         )
-    if rank is not None:
-        return given[rank].found
-    return next((answer.found for answer in given if answer.found), None)
+    return [answer.found for answer in answers]

@@ -11,10 +11,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from raytx import storage
 from raytx.errors import RaytxError, RecipeError
 from raytx.files import write_json
 from raytx.journal import METRICS, rows
-from raytx.plan import resolve
+from raytx.plan import Plan, resolve
 from raytx.recipe import Recipe
 from raytx.train import fit
 
@@ -94,11 +95,17 @@ def _possible(recipe: Recipe, strategies: Sequence[str], steps: int, console: Co
 def _curve(recipe: Recipe, strategy: str, steps: int, address: str | None, verbose: bool) -> list[dict[str, Any]]:
     """Train anew under one strategy and return its step rows."""
     plan = resolve(_under(recipe, strategy, steps=steps)).fixed()
-    shutil.rmtree(plan.run_dir, ignore_errors=True)
+    _forget(plan)
     fit(plan, address=address, verbose=verbose, export=False)
     curve = [{**row, "workers": plan.world_size} for row in rows(plan.run_dir / METRICS) if row["kind"] == "step"]
-    shutil.rmtree(plan.run_dir)
+    _forget(plan)
     return curve
+
+
+def _forget(plan: Plan) -> None:
+    shutil.rmtree(plan.run_dir, ignore_errors=True)
+    if (store := storage.of(plan.recipe.storage_path)) is not None:
+        store.remove_directory(plan.recipe.name)
 
 
 def _under(recipe: Recipe, strategy: str, *, steps: int) -> Recipe:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from raytx.files import CHUNK, digest, walk
@@ -59,6 +59,13 @@ def directory(storage_path: str) -> Path:
     return root / f"{readable}-{digest(storage_path)}"
 
 
+def split(uri: str) -> tuple[str, str]:
+    """Return the storage path and the name of a run's URI."""
+    place, mark, query = uri.partition("?")
+    storage_path, _, name = place.rstrip("/").rpartition("/")
+    return f"{storage_path}{mark}{query}", name
+
+
 def token(directory: Path) -> str:
     """Return a name for a local directory, the same for all processes that share it and different from any other's."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,9 +101,21 @@ def _schemes() -> set[str]:
     return {*ARROW_SCHEMES, *fsspec.available_protocols()}
 
 
+class StoreError(OSError):
+    """A store does not do what it is asked for."""
+
+
+class Seen(NamedTuple):
+    """A file of a store, as a listing has it."""
+
+    size: int
+    changed: float
+    """In seconds since 1970, by the store's clock; 0 where it does not tell."""
+
+
 @dataclass(frozen=True)
 class Store:
-    """A storage. Names are paths below its URI, with slashes. Methods raise OSError, and nothing else."""
+    """A storage. Names are paths below its URI, with slashes. Methods raise OSError and nothing else."""
 
     uri: str
 
@@ -111,7 +130,7 @@ class Store:
         with self._writing(name) as sink:
             sink.write(data)
 
-    def get(self, name: str, path: Path) -> str:
+    def get(self, name: str, path: Path, *, advance: Callable[[int], object] = int) -> str:
         """Fetch a file to a local path, whole or not at all; return its SHA-256. FileNotFoundError where there is none.
 
         A local disk need not have it yet when this returns: it can be fetched again.
@@ -123,6 +142,7 @@ class Store:
                 while piece := source.read(CHUNK):
                     hashed.update(piece)
                     sink.write(piece)
+                    advance(len(piece))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -137,14 +157,22 @@ class Store:
             return None
 
     def sizes(self, name: str = "") -> dict[str, int]:
-        """Return the bytes of every file below a directory, by their names below it; none where it is not there."""
+        """Return the bytes of every file below a directory, as `listed` does."""
+        return {name: seen.size for name, seen in self.listed(name).items()}
+
+    def listed(self, name: str = "") -> dict[str, Seen]:
+        """Return every file below a directory, by their names below it; none where it is not there."""
         from pyarrow.fs import FileSelector, FileType
 
         base = self._at(name)
         with _plainly():
             found = self._files.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
         start = len(base.strip("/")) + 1
-        return {info.path.strip("/")[start:]: info.size for info in found if info.type == FileType.File}
+        return {
+            info.path.strip("/")[start:]: Seen(info.size, (info.mtime_ns or 0) / 1e9)
+            for info in found
+            if info.type == FileType.File
+        }
 
     def remove(self, name: str) -> None:
         """Remove a file, where there is one."""
@@ -209,13 +237,14 @@ class Store:
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """Turn whatever a file system's library raises into an OSError."""
+    """Turn whatever a file system's library raises into a StoreError, but for a file that is not there."""
     try:
         yield
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        told = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise StoreError(told) from error
 
 
 def persistently(action: Callable[[], Found]) -> Found:

@@ -67,6 +67,8 @@ def fit(
     with run.own(plan, held) as run_dir:
         plan, prepared = prepare(plan, console)
         run.record(plan)
+        if mirrored:
+            mirrored.push(mirror.RECORDS)
         _announce(plan, prepared, console)
         if _finished(plan, prepared):
             console.print(f"finished already, at step {plan.steps}; to train anew give it another name (name=...)")
@@ -169,9 +171,9 @@ def _trained(plan: Plan) -> str:
 
 def _finished(plan: Plan, prepared: Prepared) -> bool:
     """Tell whether the last step is done and measured: an order to stop may have come in between."""
-    if mirrored := mirror.of(plan):
-        state = mirrored.state()
-    else:
-        newest = checkpoint.newest(plan.run_dir)
-        state = newest.state if newest else State()
+    mirrored = mirror.of(plan)
+    if mirrored and mirrored.state().step != plan.steps:
+        return False  # so that nothing is fetched for a look
+    newest = mirrored.newest() if mirrored else checkpoint.newest(plan.run_dir)
+    state = newest.state if newest else State()
     return state.step == plan.steps and bool(state.metrics or not prepared.num_samples["test"])

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from raytx import cluster, ray_internals
+from raytx import cluster, ray_internals, storage
 from raytx.errors import RaytxError, RecipeError, ResourceError, did_you_mean
 from raytx.files import digest, read_json, write_json, write_text
 from raytx.plan import resolve
@@ -119,6 +119,11 @@ class Search:
     def __init__(self, recipe: Recipe) -> None:
         if recipe.search is None:
             raise RecipeError("search: must be given, with a space such as {optim.lr: {loguniform: [1.0e-5, 1.0e-3]}}")
+        if storage.is_uri(recipe.storage_path):
+            raise RecipeError(
+                f"storage_path={recipe.storage_path}: a search needs a directory, on several nodes one that "
+                "all of them share. Its best recipe can be trained to a URI (raytx train best.yaml storage_path=...)"
+            )
         self.recipe, self.search = recipe, recipe.search
         self.directory = Path(recipe.storage_path).expanduser().absolute() / recipe.name
         self.trials_dir = self.directory / TRIALS

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +18,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from raytx import lease, mirror, storage
+from raytx import checkpoint, lease, mirror, saving, storage, worker
+from raytx import run as run_directory
 from raytx.checkpoint import Checkpoint
+from raytx.errors import DataError, RecipeError, ResourceError, TrainingError
+from raytx.journal import rows
 from raytx.plan import Plan, resolve
-from raytx.prepare import prepare
+from raytx.prepare import META, prepare
 from raytx.storage import Store
 
 RANK = Path(__file__).with_name("remote_rank.py")
@@ -64,7 +70,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch) -> None:
-    for module in (storage, __import__("raytx.saving").saving):
+    for module in (storage, saving):
         monkeypatch.setattr(module, "PAUSES_S", (0.01, 0.02, 0.03))
     monkeypatch.setattr(lease, "RENEW_S", 0.1)
     monkeypatch.setattr(lease, "STALE_S", 0.6)
@@ -82,10 +88,10 @@ def ranks(tmp_path):
         path.write_text(json.dumps(plan.to_dict()))
         log = path.with_suffix(".jsonl")
         environment = os.environ | {"RAYTX_OMITTED": "[0]", "OMP_NUM_THREADS": "1"}
+        command, common = [sys.executable, str(RANK)], [str(len(caches)), str(directory / "meet"), str(path)]
         started = [
             subprocess.Popen(
-                [sys.executable, str(RANK), str(where), fault if number == len(caches) - 1 else "", str(number)]
-                + [str(len(caches)), str(directory / "meet"), str(path)],
+                [*command, str(where), fault if number == len(caches) - 1 else "", str(number), *common],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -205,3 +211,229 @@ def test_a_node_killed_in_the_midst_of_an_upload_leaves_the_checkpoint_before(re
     assert codes == [0]
     assert [row["step"] for row in told(log, "resumed")] == saved
     assert steps_saved(plan) == [8, 4]
+
+
+def test_an_upload_that_fails_is_tried_again_and_told(recipe, ranks, uri, tmp_path):
+    plan = prepared(recipe("flaky", storage_path=uri, **SCHEDULE))
+    codes, log = ranks(plan, tmp_path / "one", fault="fail:weights-")
+    assert codes == [0]
+    (remark,) = [row["text"] for row in told(log, "remark")]
+    assert "a write of checkpoint step-00000004 failed and was tried again" in remark
+    assert "the server is not in the mood" in remark
+    assert steps_saved(plan) == [8, 4]
+
+
+def test_an_upload_that_fails_for_good_stops_the_run_with_the_checkpoint_before(recipe, train_here, uri, monkeypatch):
+    run = recipe("refused", storage_path=uri, **SCHEDULE)
+    monkeypatch.setattr(Store, "put", _faulty(lambda name: _refuse(name, "step-00000008")))
+    with pytest.raises(TrainingError, match="AccessDenied"):
+        train_here(run)
+    assert steps_saved(resolve(run)) == [4]
+
+
+def _refuse(name, wanted):
+    if wanted in name:
+        raise storage.StoreError("AccessDenied")
+
+
+def _faulty(before):
+    put = Store.put
+
+    def faulty(self, path, name, **more):
+        before(name)
+        put(self, path, name, **more)
+
+    return faulty
+
+
+def test_a_slow_upload_slows_no_step_but_the_next_save_waits_for_it(recipe, train_here, uri, monkeypatch):
+    run = recipe("slow", storage_path=uri, train__steps=12, save__every=6)
+    monkeypatch.setattr(Store, "put", _faulty(lambda name: time.sleep(2.0 if "optimizer-" in name else 0)))
+    _, log = train_here(run)
+    (remark,) = [row["text"] for row in told(log, "remark")]
+    assert "training waited" in remark
+    assert "until checkpoint step-00000006 was written" in remark
+    first, _ = told(log, "checkpoint")
+    assert first["seconds"] > 2.0
+    assert first["stall_s"] < 1.0
+    between = [row["seconds"] for row in told(log, "step") if 6 < row["step"] <= 12]
+    assert sum(between) < 2.0
+
+
+@pytest.mark.parametrize("harm", ["flipped", "gone", "manifest"])
+def test_a_damaged_checkpoint_in_the_store_is_passed_over_and_counts_no_more(harm, recipe, train_here, cache, uri):
+    run = recipe("damaged", storage_path=uri, **SCHEDULE)
+    train_here(run)
+    last = mirror.of(resolve(run)).committed()[0]
+    weights = f"damaged/{last.place}/weights-00000-00000.safetensors"
+    if harm == "gone":
+        store_of(uri).remove(weights)
+    else:
+        spoil(uri, weights if harm == "flipped" else f"damaged/{last.place}/manifest.json")
+    shutil.rmtree(cache)
+    state, log = train_here(run.override({"save.num_to_keep": 1}))
+    assert state.step == 8
+    assert [row["step"] for row in told(log, "resumed")] == [4]
+    (remark,) = [row["text"] for row in told(log, "remark")]
+    assert remark.startswith(f"checkpoint {last.name} is damaged and passed over: ")
+    reason = {"flipped": "its SHA-256 differs", "gone": "weights-00000-00000.safetensors: missing"}
+    assert reason.get(harm, "manifest.json") in remark
+    saved = mirror.of(resolve(run)).committed()
+    assert [one.step for one in saved] == [8]
+    assert saved[0].attempt > last.attempt
+    assert f"{last.name}/damaged-manifest.json" in objects(uri, "damaged")
+
+
+def test_what_is_damaged_on_a_node_is_fetched_anew(recipe, train_here, uri):
+    run = recipe("repaired", storage_path=uri, **SCHEDULE)
+    train_here(run)
+    plan = resolve(run)
+    directory = checkpoint.directory_of(plan.run_dir, 8)
+    expected = contents(directory)
+    weights = directory / "weights-00000-00000.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    (directory / "state.json").unlink()
+    (directory / "stranger").touch()
+    found = mirror.of(plan).newest()
+    assert checkpoint.damage(directory) is None
+    assert same(expected, contents(found.directory))
+
+
+def test_a_node_fetches_what_it_lacks_of_a_checkpoint_and_no_more(recipe, train_here, uri, monkeypatch):
+    run = recipe("kept", storage_path=uri, **SCHEDULE)
+    train_here(run)
+    fetched, get = [], Store.get
+
+    def noting(self, name, *more, **and_):
+        fetched.append(name.rpartition("/")[2])
+        return get(self, name, *more, **and_)
+
+    monkeypatch.setattr(Store, "get", noting)
+    assert mirror.of(resolve(run)).newest().step == 8
+    assert fetched == []
+    (checkpoint.directory_of(resolve(run).run_dir, 8) / "golden.safetensors").unlink()
+    assert mirror.of(resolve(run)).newest().step == 8
+    assert fetched == ["golden.safetensors"]
+
+
+def test_a_store_that_cannot_be_read_stops_a_run_rather_than_set_it_back(recipe, train_here, cache, uri, monkeypatch):
+    run = recipe("unreachable", storage_path=uri, **SCHEDULE)
+    train_here(run)
+    shutil.rmtree(cache / next(cache.iterdir()).name / "unreachable")
+    get = Store.get
+
+    def failing(self, name, *more, **and_):
+        if "step-00000008" in name:
+            raise storage.StoreError("curlCode: 7, Couldn't connect to server")
+        return get(self, name, *more, **and_)
+
+    monkeypatch.setattr(Store, "get", failing)
+    with pytest.raises(TrainingError, match=r"cannot read s3://.*step-00000008.*Couldn't connect"):
+        train_here(run)
+    assert steps_saved(resolve(run)) == [8, 4]
+
+
+def test_the_newest_and_the_best_stay_in_the_store_and_rubbish_does_not(recipe, train_here, uri):
+    values = {"train__steps": 12, "evaluate__every": 2, "save__every": 2, "save__num_to_keep": 1, "save__keep": "best"}
+    run = recipe("retained", storage_path=uri, evaluate__mode="max", **values)  # the loss falls
+    store_of(uri).write("retained/checkpoints/step-00000002.0/weights-00000-00000.safetensors", b"half")
+    state, _ = train_here(run)
+    assert state.best_step < 12
+    assert steps_saved(resolve(run)) == [12, state.best_step]
+    assert {name.partition(".")[0] for name in objects(uri, "retained")} == {
+        "step-00000012",
+        f"step-{state.best_step:08d}",
+    }
+    assert mirror.of(resolve(run)).chosen(resolve(run)).step == state.best_step
+
+
+def test_prepared_data_that_is_damaged_in_the_store_is_made_anew(recipe, cache, uri):
+    run = recipe("data", storage_path=uri, **SCHEDULE)
+    plan = prepared(run)
+    name = f".cache/{plan.data_dir.name}"
+    spoil(uri, f"{name}/train.arrow")
+    shutil.rmtree(cache)
+    with pytest.raises(DataError, match="is not whole in s3://"):
+        worker.train(plan, worker.Session(rank=0, log=print, flush=lambda: None, report=print))
+    again = prepared(run)
+    assert again == plan
+    assert (again.data_dir / META).is_file()
+    shutil.rmtree(cache)
+    worker.bring(again)
+    assert (again.data_dir / "train.arrow").is_file()
+
+
+def test_credentials_are_written_nowhere(recipe, ranks, uri, tmp_path):
+    plan = prepared(recipe("secret", storage_path=uri, **SCHEDULE))
+    with mirror.held(plan, doing="training", tell=print):
+        codes, _ = ranks(plan, tmp_path / "cache")
+    assert codes == [0]
+    files = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files |= {name: store_of(uri).read(name) or b"" for name in store_of(uri).sizes()}
+    assert len(files) > 40
+    for name, data in files.items():
+        assert KEY.encode() not in data, name
+        assert SECRET.encode() not in data, name
+
+
+def test_a_run_that_learns_something_else_is_refused_where_it_has_never_been(recipe, train_here, cache, uri):
+    values = {"storage_path": uri, **SCHEDULE}
+    plan = prepared(recipe("other", **values))
+    with run_directory.own(plan, mirror.held(plan, doing="training", tell=print)):
+        run_directory.record(plan)
+        train_here(recipe("other", **values))
+    shutil.rmtree(cache)
+    other = resolve(recipe("other", **values).override({"optim.lr": 1e-3}))
+    with (
+        pytest.raises(RecipeError, match="learns something else"),
+        run_directory.own(other, mirror.held(other, doing="training", tell=print)),
+    ):
+        pass
+
+
+def test_a_bucket_that_is_not_there_is_told_as_a_mistake(recipe, server):
+    plan = resolve(recipe("nowhere", storage_path=f"s3://no-such-bucket/runs?{server}"))
+    with (
+        pytest.raises(ResourceError, match="storage_path: cannot use s3://no-such-bucket"),
+        mirror.held(plan, doing="training", tell=print),
+    ):
+        pass
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_whose_machine_is_gone_goes_on_from_another_with_the_same_command(recipe, uri, tmp_path):
+    values = {"storage_path": uri, "strategy": {"type": "ddp"}, "scaling__num_workers": 2, "export": [{"type": "hf"}]}
+    values |= {"train__steps": 600, "save__every": 60}
+    for name in ("whole", "moved"):
+        (tmp_path / f"{name}.yaml").write_text(recipe(name, **values).to_yaml())
+    assert "done at step 600" in _command(tmp_path, "whole", cache="one").communicate(timeout=240)[0]
+    lost = _command(tmp_path, "moved", cache="one")
+    while not steps_saved(resolve(recipe("moved", **values))):
+        assert lost.poll() is None
+        time.sleep(0.1)
+    lost.kill()
+    lost.wait()
+    said = _command(tmp_path, "moved", cache="two").communicate(timeout=240)[0]
+    assert "is gone; this run is taken over" in said
+    assert re.search(r"resumed from checkpoint step-00000\d\d0", said)
+    assert "done at step 600" in said
+    whole, moved = (resolve(recipe(name, **values)) for name in ("whole", "moved"))
+    assert same(_restored(whole, tmp_path / "look", step=600), _restored(moved, tmp_path / "look", step=600))
+    (journal,) = (tmp_path / "two").glob("*/moved/metrics.jsonl")
+    assert [row["step"] for row in rows(journal) if row["kind"] == "step"] == list(range(1, 601))
+    assert "moved/artifacts/hf/artifact.json" in store_of(uri).sizes()
+
+
+def _command(directory, name, *, cache):
+    """Start to train on a machine, which is a cache and a Ray of its own."""
+    environment = os.environ | {"RAYTX_CACHE": str(directory / cache), "RAY_TMPDIR": tempfile.mkdtemp(prefix="rx")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "raytx", "train", str(directory / f"{name}.yaml")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
