@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from raytx import storage
 from raytx.components import (
@@ -26,6 +27,8 @@ from raytx.sections import Evaluate, Optim, Save, Scaling, Search, Section, Serv
 MAX_NODES = 100_000
 """Values a recipe may expand to. A few lines of YAML aliases can stand for millions."""
 
+NOT_SHOWN = "not_shown"
+"""Type of a mistake whose message does not show the value: it may hold a secret."""
 PLAIN = {
     **dict.fromkeys(("model_type", "dict_type", "mapping_type"), "must be a mapping of keys to values"),
     **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
@@ -89,7 +92,9 @@ class Recipe(Section):
     @field_validator("storage_path")
     @classmethod
     def _usable(cls, path: str) -> str:
-        if (problem := storage.refusal(path) if storage.is_uri(path) else _homeless(path)) is not None:
+        if storage.is_uri(path) and (problem := storage.refusal(path)) is not None:
+            raise PydanticCustomError(NOT_SHOWN, "{problem}", {"problem": problem})
+        if not storage.is_uri(path) and (problem := _homeless(path)) is not None:
             raise ValueError(problem)
         return path
 
@@ -299,7 +304,7 @@ def _explain_one(problem: Any, data: Any) -> str:
         return f"{path}: must be given"
     given = problem.get("input")
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool | type(None)) else ""
-    if problem["type"] in {"component", "component_type"}:
+    if problem["type"] in {"component", "component_type", NOT_SHOWN}:
         return f"{path}: {message}"
     return f"{path}: {_continued(message)}{shown}"
 
