@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from raytx import checkpoint, lease, mirror, saving, storage, worker
+from raytx import checkpoint, lease, mirror, saving, storage, verify, worker
 from raytx import run as run_directory
 from raytx.checkpoint import Checkpoint
 from raytx.errors import DataError, RecipeError, ResourceError, TrainingError
@@ -425,6 +425,7 @@ def test_a_run_whose_machine_is_gone_goes_on_from_another_with_the_same_command(
     (journal,) = (tmp_path / "two").glob("*/moved/metrics.jsonl")
     assert [row["step"] for row in rows(journal) if row["kind"] == "step"] == list(range(1, 161))
     assert "moved/artifacts/hf/artifact.json" in store_of(uri).sizes()
+    assert [verdict.problems for verdict in map(verify.verify, mirror.copies(uri, whole=True).iterdir())] == [[], []]
 
 
 def _command(directory, name, *, cache):
