@@ -26,7 +26,7 @@ from raytx.testing import tiny_model, tiny_rows
 MARK = "RAYTX_TEST_MARK"
 """Variable by whose value all processes of a home are known, whoever their parents are by then."""
 PLUGIN = Path(__file__).with_name("raytx_slow.py")
-FIRST_S = 120.0
+FIRST_S = 240.0
 """How long anything may take that this machine is only slow at."""
 
 

@@ -35,7 +35,7 @@ LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray on loopback, see raytx/ray_internals.py
     "GLOO_SOCKET_IFNAME": "lo",
 }
-STEPS = 240
+STEPS = 140
 PACE = {"step_s": 0.1}
 """A pass of each of four ranks, two of each of two: a step of a tenth of a second, or two."""
 LONG_RUN = {"train__steps": STEPS, "save__every": 10, "scaling__stall_s": 10}
