@@ -159,7 +159,7 @@ class Mirror:
         """
         mine = storage.token(self._run_dir)
         fetches = gather(mine).index(mine) == rank
-        found: list[Saved] = self._errand(self._begin if fetches else None, gather, self.uri)[0]
+        found, any_damaged = self._errand(self._begin if fetches else None, gather, self.uri)[0]
         newest, passed_over = None, []
         for saved in found:
             fetch = partial(self.fetch, saved) if fetches else None
@@ -173,6 +173,11 @@ class Mirror:
                 self._demote(saved)
         for text in passed_over:  # now that the journal of then is here, it can be written there
             (tell or str)(text)
+        if newest is None and (found or any_damaged):
+            raise TrainingError(
+                f"{self.uri}: held checkpoints, and now none that is whole. {'. '.join(passed_over)}. Bring one back "
+                "and run the same command again, or begin anew under another name (name=...)"
+            )
         return newest
 
     def chosen(self, plan: Plan) -> Checkpoint:
@@ -210,10 +215,11 @@ class Mirror:
         staging.rename(target)
         return None
 
-    def _begin(self) -> list[Saved]:
-        """Ready this node's directory; return what there is to restore from."""
+    def _begin(self) -> tuple[list[Saved], bool]:
+        """Ready this node's directory; return what there is to restore from, and whether there was more."""
         checkpoint.make_room(self._run_dir)
-        return persistently(self.committed)
+        sizes = persistently(lambda: self._store.sizes(self._at(CHECKPOINTS)))
+        return _committed(sizes), any(name.endswith(f"/{DAMAGED}") for name in sizes)
 
     def _bring(self, saved: Saved, name: str, wanted: Mapping[str, Any], target: Path, staging: Path) -> str | None:
         """Take a file from this node's directory where it is whole there, else from the store."""

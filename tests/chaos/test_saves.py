@@ -165,7 +165,7 @@ def skip_the_fsync_of_directories() -> None:
 def rename_before_the_manifest() -> None:
     def seal(staging: Path, target: Path, *, files: Any, content: Any) -> None:
         staging.rename(target)
-        checkpoint._complete(target, files, content)
+        checkpoint.finish(target, files=files, content=content)
 
     checkpoint.seal = seal  # type: ignore[assignment]
 

@@ -284,6 +284,18 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over_and_counts_no_more(har
     assert f"{last.name}/damaged-manifest.json" in objects(uri, "damaged")
 
 
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(recipe, train_here, cache, uri):
+    run = recipe("hopeless", storage_path=uri, train__steps=4, save__every=4)
+    train_here(run)
+    (only,) = mirror.of(resolve(run)).committed()
+    spoil(uri, f"hopeless/{only.place}/weights-00000-00000.safetensors")
+    for _ in range(2):
+        shutil.rmtree(cache)
+        with pytest.raises(TrainingError, match="held checkpoints, and now none that is whole"):
+            train_here(run)
+    assert steps_saved(resolve(run)) == []
+
+
 def test_what_is_damaged_on_a_node_is_fetched_anew(recipe, train_here, uri):
     run = recipe("repaired", storage_path=uri, **SCHEDULE)
     train_here(run)
