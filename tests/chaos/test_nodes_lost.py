@@ -113,6 +113,10 @@ def sizes(run: Command) -> list[int]:
     return [len(row["pids"]) for row in run.journal("placed")]
 
 
+def saved_at_least(run: Command, step: int) -> bool:
+    return any(row["step"] >= step for row in run.journal("checkpoint"))
+
+
 def until_size(run: Command, size: int, seconds: float) -> float:
     """Wait until a run goes on with so many ranks; return how long that took."""
     began, before = time.monotonic(), run.step
@@ -157,7 +161,7 @@ def test_a_run_of_fixed_size_waits_for_another_node_and_gives_up_with_the_number
     waits = rf"waiting for 4 x {{CPU: 1}}; the cluster has room for \d; giving up in {WAIT_S:.0f} s"
     run.until(lambda: re.search(waits, run.output), what=waits)
     number = nodes.tell("add").split()[0]
-    run.until(lambda: len(sizes(run)) == 2 and run.step > 50, what="the replacement")
+    run.until(lambda: len(sizes(run)) == 2 and saved_at_least(run, 50), what="the replacement")
     nodes.tell(f"kill {number}")
     assert run.wait() == 2, run.output[-3000:]
     assert f"waited {WAIT_S:.0f} s for 4 x {{CPU: 1}}; the cluster has room for 3" in run.output

@@ -133,16 +133,15 @@ from raytx import cluster
 cluster.connect(num_cpus=2, dashboard=True)
 node = ray._private.worker._global_node  # jobs look here for their cluster, and else take any of this machine's
 ray._private.utils.write_ray_address(node.gcs_address, node.get_temp_dir_path())
-print("answer http://" + ray._private.worker._global_node.webui_url, flush=True)
 for line in sys.stdin:
     states = [group["state"] for group in ray.util.placement_group_table().values()]
-    print("answer", sum(state != "REMOVED" for state in states), len(states), flush=True)
+    print("answer", f"http://{node.webui_url}", sum(state != "REMOVED" for state in states), len(states), flush=True)
 """
 
 
 @pytest.fixture
 def head(home: Home) -> Iterator[Callable[[], str]]:
-    """Start a cluster with a job server; return what it answers: its address first, then groups left and ever made."""
+    """Start a cluster with a job server; return what it answers: its address, placement groups left and ever made."""
     program = [sys.executable, "-c", HEAD]
     pipe = subprocess.PIPE
     with subprocess.Popen(program, env=home.environment, stdin=pipe, stdout=pipe, text=True) as process:
@@ -161,7 +160,7 @@ def head(home: Home) -> Iterator[Callable[[], str]]:
 def test_a_job_that_is_stopped_saves_its_last_step_and_frees_what_it_held(home: Home, head: Callable[[], str]) -> None:
     values = {"train__steps": 5000, "scaling__grace_s": GRACE_S}
     run = Command(home, home.recipe("job", model={"step_s": 0.2}, **values))
-    client = JobSubmissionClient(address := head())
+    client = JobSubmissionClient(address := head().split()[0])
     job = run.submit(address)
     run.reach(5)
     client.stop_job(job)
@@ -169,7 +168,7 @@ def test_a_job_that_is_stopped_saves_its_last_step_and_frees_what_it_held(home: 
     assert run.saved() == run.step > 0
     assert f"stopped by SIGTERM at step {run.step}, with a checkpoint of it" in client.get_job_logs(job)
     eventually(lambda: not working(home), 30, "its processes' end")
-    assert re.fullmatch(r"0 [1-9]\d*", head())
+    assert re.fullmatch(r"\S+ 0 [1-9]\d*", head())
 
 
 def working(home: Home) -> list[str]:
