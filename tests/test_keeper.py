@@ -24,6 +24,7 @@ class Rank:
 
     def __init__(self, directory):
         self.directory, self.answer, self.beats, self.stacks, self.records = directory, dict(GO_ON), [], [], []
+        self.on_beat = lambda: None
         mine, theirs = socket.socketpair()
         self.channel = Channel(mine)
         self.process = subprocess.Popen(["sleep", "60"])
@@ -33,6 +34,7 @@ class Rank:
 
     def beat(self, seen, records, reports):
         self.beats.append(seen)
+        self.on_beat()
         self.records.extend(records)
         return self.answer
 
@@ -126,7 +128,7 @@ def test_a_stopped_process_is_known_to_be_stopped(rank):
     pulse.begin(rank.directory / "pulse")
     os.kill(rank.process.pid, signal.SIGSTOP)
     rank.answer["dump"] = True
-    rank.soon(rank.process.kill)
+    rank.on_beat = lambda: rank.process.kill() if rank.stacks else None
     rank.watch.run()
     assert any(beat["stopped"] for beat in rank.beats)
     assert rank.stacks == ["the process is stopped (by SIGSTOP, or a debugger)"]
