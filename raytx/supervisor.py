@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -94,10 +94,10 @@ class Supervisor:
         free = ray_internals.available_resources_per_node()
         return [node for node, left in free.items() if all(left.get(name, 0.0) >= one[name] for name in one)]
 
-    async def order(self, kind: str) -> None:
+    async def order(self, kind: Literal["save", "stop"]) -> None:
         """Have the ranks save, or save and end; those that have not begun need not."""
         if self._order.kind != "stop":
-            self._order = Order(self._order.number + 1, kind)  # type: ignore[arg-type]
+            self._order = Order(self._order.number + 1, kind)
         if kind == "stop":
             self._state.told_to_end = True
             async with self._changed:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from raytx.pulse import Pulse
-from raytx.supervision import SAME_STEP, SILENCE_S, SLOW_LIMITS, STALL_STEPS, End, Supervision, cause
+from raytx.supervision import OVERDUE_S, SAME_STEP, SILENCE_S, SLOW_LIMITS, STALL_STEPS, End, Supervision, cause
 
 DONE = End("done", step=9)
 
@@ -245,3 +245,52 @@ def test_what_ends_after_a_run_was_told_to_end_is_no_failure():
     assert run.told == [
         "rank 1 had not saved within scaling.grace_s=30 s; the run was told to end, so it is not started anew"
     ]
+
+
+def test_workers_lost_beyond_max_failures_are_the_end_of_the_run():
+    run = Run(max_failures=1)
+    run.state.lost("the worker of rank 0 failed (its process died)")
+    assert run.state.exhausted() is None
+    run.state.lost("the worker of rank 1 failed (its process died)")
+    assert run.state.exhausted().text == "the worker of rank 1 failed (its process died)"
+
+
+def test_keepers_that_do_not_end_their_ranks_are_named_once_after_a_minute():
+    run = Run()
+    run.state.ended(0, End("killed", "was ended by SIGKILL"))
+    assert run.state.overdue() == []
+    run.clock.now += OVERDUE_S - 1
+    assert run.state.overdue() == []
+    run.clock.now += 2
+    assert run.state.overdue() == [1]
+    assert run.state.overdue() == []
+
+
+def test_an_attempt_in_which_all_have_ended_is_not_overdue():
+    run = Run()
+    run.state.ended(0, End("killed", "was ended by SIGKILL"))
+    run.state.ended(1, End("ended"))
+    run.state.overdue()
+    run.clock.now += 2 * OVERDUE_S
+    assert run.state.overdue() == []
+
+
+def test_a_keeper_that_never_reports_is_silent_after_the_time_that_a_start_may_take():
+    run = Run(stall_s=30.0)
+    run.state.beat(0, BUSY)
+    run.clock.now += 30.0 * SLOW_LIMITS - 1
+    assert 1 not in run.state.silent()
+    run.clock.now += 2
+    assert 1 in run.state.silent()
+
+
+def test_an_evaluation_is_granted_when_every_rank_has_it_and_none_after_the_first_end():
+    run = Run()
+    run.state.reported(0, 2)
+    assert run.state.attempt.granted == 0
+    run.state.reported(1, 1)
+    assert run.state.attempt.granted == 1
+    run.state.ended(1, DONE)
+    run.state.reported(1, 2)
+    assert run.state.attempt.granted == 1, "its keeper may be waiting for the others' end"
+    assert run.state.reportable() == 2
