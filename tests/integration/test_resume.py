@@ -116,6 +116,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_every_rank_and_named(recipe, run
     weights.write_bytes(data)
     (rows,) = run_ranks([run])
     assert [row["step"] for row in rows if row["kind"] == "resumed"] == [4]
-    (remark,) = [row["text"] for row in rows if row["kind"] == "remark"]
+    remarks = [row["text"] for row in rows if row["kind"] == "remark"]
+    (remark,) = [text for text in remarks if "SHA-256" in text]  # a slow disk has remarks of its own
     assert weights.name in remark
-    assert "SHA-256" in remark

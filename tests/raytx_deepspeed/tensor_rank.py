@@ -50,6 +50,7 @@ def main(rank: int, rendezvous: str, output: str) -> None:
     if rank == 0:
         Path(output).write_text(json.dumps(found))
     dist.barrier()
+    dist.destroy_process_group()  # gloo's threads abort a process that ends before them
 
 
 def compared(rank: int, name: str, changes: dict[str, Any], adapters: bool) -> dict[str, Any]:
