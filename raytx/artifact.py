@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from raytx import __version__
+from raytx import __version__, storage
 from raytx.components import ExportConfig
-from raytx.errors import ArtifactError
+from raytx.errors import ArtifactError, ResourceError
 from raytx.files import digest, disagreements, inventory, open_to_readers, read_json, sync_directory, write_json
 from raytx.plan import check_plugins
 from raytx.registry import registry
@@ -117,9 +119,45 @@ def sealed(told: dict[str, Any]) -> dict[str, Any]:
     return told | {"seal": digest({key: value for key, value in told.items() if key != "seal"})}
 
 
+def located(place: str | Path) -> Path:
+    """Return an artifact's directory on this node; one that a URI names is fetched first, where it is not here already.
+
+    Raises ArtifactError when the store has none there, ResourceError when the store fails.
+    """
+    if not storage.is_uri(str(place)):
+        return Path(place).expanduser()
+    storage_path, name = storage.split(str(place))
+    store = storage.Store(storage_path)
+    try:
+        if (manifest := storage.persistently(lambda: store.read(f"{name}/{MANIFEST}"))) is None:
+            raise ArtifactError(f"{place}: no artifact there (no {MANIFEST})")
+        directory = storage.directory(str(place)) / digest(manifest.decode(errors="replace"))
+        if not directory.is_dir():
+            _fetch(store, name, directory, called=str(place))
+        return directory
+    except storage.StoreError as error:
+        raise ResourceError(f"{place} cannot be read: {error}. Repair the storage, or the way to it") from error
+
+
+def _fetch(store: storage.Store, name: str, directory: Path, *, called: str) -> None:
+    """Bring an artifact to a directory, whole and checked or not at all; several processes may do so at once."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetched-", dir=directory.parent) as staging:
+        fetched = Path(staging) / "artifact"
+        if not store.get_directory(name, fetched, last=MANIFEST):
+            raise ArtifactError(f"{called}: was removed while it was fetched")
+        _read(fetched, called=called)
+        with contextlib.suppress(OSError):  # somebody else was faster
+            fetched.rename(directory)
+
+
 def read(directory: str | Path, *, verify: bool = True) -> Artifact:
     """Read an artifact directory; raise ArtifactError when it is none, of another format, or was tampered with."""
-    directory = Path(directory).expanduser()
+    directory = located(directory)
+    return _read(directory, called=str(directory), verify=verify)
+
+
+def _read(directory: Path, *, called: str, verify: bool = True) -> Artifact:
     path = directory / MANIFEST
     if not path.is_file():
         raise ArtifactError(_not_an_artifact(directory))
@@ -127,13 +165,13 @@ def read(directory: str | Path, *, verify: bool = True) -> Artifact:
         told = read_json(path)
         artifact = Artifact(**told)
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a valid manifest: {error}") from None
+        raise ArtifactError(f"{called}/{MANIFEST}: not a valid manifest: {error}") from None
     if artifact.format != FORMAT:
-        raise ArtifactError(f"{path}: format {artifact.format}, this raytx reads {FORMAT}")
+        raise ArtifactError(f"{called}/{MANIFEST}: format {artifact.format}, this raytx reads {FORMAT}")
     if artifact.seal and told != sealed(told):
-        raise ArtifactError(f"{path}: not what was published: its own digest differs")
+        raise ArtifactError(f"{called}/{MANIFEST}: not what was published: its own digest differs")
     if verify and (wrong := disagreements(directory, artifact.files, manifest=MANIFEST)):
-        raise ArtifactError(f"{directory}: not what was published. " + "; ".join(wrong))
+        raise ArtifactError(f"{called}: not what was published. " + "; ".join(wrong))
     return artifact
 
 
@@ -173,7 +211,7 @@ class Predictor:
 
 def open_artifact(directory: str | Path) -> Predictor:
     """Verify an artifact's hashes, load it and replay its golden outputs; raise ArtifactError when it disagrees."""
-    directory = Path(directory).expanduser()
+    directory = located(directory)
     artifact = read(directory)
     check_plugins(artifact.plugins)
     model = registry().parse("model", artifact.model).build()

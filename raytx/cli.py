@@ -226,16 +226,12 @@ def tune(recipe: str, overrides: tuple[str, ...], address: str | None, verbose: 
 @commands.command()
 @click.argument("checkpoint")
 def export(checkpoint: str) -> None:
-    """Export CHECKPOINT (or the chosen one of a run directory) again, as its recipe says."""
+    """Export CHECKPOINT, or the chosen one of a run (directory or URI), again, as its recipe says."""
     console = _console()
     with console.status("exporting and replaying golden outputs"):
-        from raytx.checkpoint import load
-        from raytx.export import export as run
-        from raytx.run import EXPORTING, at_work
+        from raytx.export import export_again
 
-        source = load(checkpoint).directory
-        with at_work(source.parent.parent, EXPORTING):
-            exported = run(source)
+        exported = export_again(checkpoint, tell=lambda text: console.print(text, style="yellow"))
     exported.show(console)
 
 
@@ -252,7 +248,7 @@ def export(checkpoint: str) -> None:
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 500MB.")
 @click.option("--adapter-only", is_flag=True, help="Write the adapter in peft's layout instead of merging it.")
 def consolidate(checkpoint: str, directory: str, **options: Any) -> None:
-    """Write CHECKPOINT (or the chosen one of a run directory) as a Hugging Face DIRECTORY, tensor by tensor.
+    """Write CHECKPOINT, or the chosen one of a run (directory or URI), as a Hugging Face DIRECTORY, tensor by tensor.
 
     No model is built: memory for the largest tensor is enough, whatever the strategy that trained it.
     """
@@ -262,6 +258,9 @@ def consolidate(checkpoint: str, directory: str, **options: Any) -> None:
     columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with _starting(console, verbose=False):
         from raytx.consolidate import consolidate as run
+        from raytx.storage import is_uri
+
+        checkpoint = str(_find(checkpoint, None, whole=True)) if is_uri(checkpoint) else checkpoint
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("writing", total=None)
         written = run(
@@ -281,7 +280,7 @@ def consolidate(checkpoint: str, directory: str, **options: Any) -> None:
 @ADDRESS
 @VERBOSE
 def serve(artifact: str, address: str | None, verbose: bool, **settings: Any) -> None:
-    """Serve ARTIFACT, a directory that training has published, over HTTP."""
+    """Serve ARTIFACT, a directory or URI where training has published it, over HTTP."""
     from raytx.artifact import read
 
     read(artifact)  # a wrong directory is told before Ray starts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from raytx import checkpoint
+from raytx import checkpoint, mirror
 from raytx.artifact import GOLDEN, Artifact, Golden, open_artifact, publish, read, replay
 from raytx.checkpoint import Checkpoint
 from raytx.components import Exportable, ExportConfig, Model
@@ -19,7 +20,9 @@ from raytx.compress import Compressed, as_rows, compress
 from raytx.errors import ArtifactError, CheckpointError, RecipeError
 from raytx.files import digest, write_json
 from raytx.plan import Plan
-from raytx.prepare import Samples
+from raytx.prepare import Samples, bring
+from raytx.run import EXPORTING, at_work
+from raytx.storage import is_uri
 from raytx.tasks.base import Task
 
 CONSOLIDATED_LIMIT = {"fp32": 1e-5, "bf16": 3e-2}
@@ -78,6 +81,22 @@ def export(path: str | Path, plan: Plan | None = None) -> Exported:
         remarks.append(f"{config.type}: {directory}, golden outputs reproduced to {difference:.1e}")
     artifacts = {config.type: _place(config, source) for config in plan.recipe.export}
     return Exported(artifacts, remarks, _demo(next(iter(artifacts.values())), source))
+
+
+def export_again(place: str, *, tell: Callable[[str], None]) -> Exported:
+    """Export a checkpoint, or the chosen one of a run that a directory or a URI names, and hold the run meanwhile."""
+    if not is_uri(place):
+        source = checkpoint.load(place).directory
+        with at_work(source.parent.parent, EXPORTING):
+            return export(source)
+    plan = mirror.recorded(place)
+    with at_work(plan.run_dir, EXPORTING), mirror.held(plan, doing=EXPORTING, tell=tell) as mirrored:
+        assert mirrored is not None
+        bring(plan)
+        mirrored.pull_artifacts()
+        exported = export(mirrored.chosen(plan).directory)
+        mirrored.push_artifacts()
+        return exported
 
 
 def _recorded(source: Checkpoint) -> Plan:

@@ -24,7 +24,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from raytx.files import parse_sealed, sha256, walk
 from raytx.journal import LEDGER, METRICS
 from raytx.lease import LEASE, Lease
 from raytx.plan import Plan
+from raytx.run import PLAN
 from raytx.storage import Seen, Store, StoreError, persistently, together
 
 JOURNAL = (METRICS, LEDGER, "tensorboard/*")
@@ -356,18 +357,18 @@ def tidy(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(plan: Plan, *, doing: str, tell: Callable[[str], None]) -> Iterator[None]:
+def held(plan: Plan, *, doing: str, tell: Callable[[str], None]) -> Iterator[Mirror | None]:
     """Hold a plan's run in its store while the block runs, beginning with its records, and leaving them there.
 
     Does nothing where the storage path is a directory. Raises ResourceError when it is in use or cannot be used.
     """
     if (mirror := of(plan)) is None:
-        yield
+        yield None
         return
     with _as_mistake(mirror.uri), mirror.lease().held(doing=doing, tell=tell) as ours:
         mirror.pull(RECORDS)
         try:
-            yield
+            yield mirror
         finally:
             if ours():
                 mirror.leave(tell)
@@ -382,6 +383,19 @@ def _as_mistake(uri: str) -> Iterator[None]:
         raise ResourceError(
             f"storage_path: {uri} cannot be used: {error}. Repair it, or the way to it, and run the same command again"
         ) from error
+
+
+def recorded(uri: str) -> Plan:
+    """Return the plan of a run that a URI names, to be carried out there, wherever the run was made.
+
+    Raises CheckpointError where there is no run, ResourceError when the store cannot be used.
+    """
+    storage_path, name = storage.split(uri)
+    with _as_mistake(uri):
+        if (said := Store(storage_path).read(f"{name}/{PLAN}")) is None:
+            raise CheckpointError(f"{uri}: no run there (no {PLAN})")
+    plan = Plan.from_dict(json.loads(said))
+    return replace(plan, recipe=plan.recipe.override({"storage_path": storage_path, "name": name}))
 
 
 def copies(uri: str, *, only: str | None = None, whole: bool = False) -> Path:

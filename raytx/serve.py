@@ -36,6 +36,7 @@ from raytx.protocols import PROTOCOLS, Description, is_loopback, key_digest
 from raytx.registry import registry
 from raytx.replica import Replica
 from raytx.sections import Serving
+from raytx.storage import is_uri
 
 APP = "raytx"
 API_KEY = "RAYTX_API_KEY"
@@ -62,7 +63,7 @@ class ServeArgs(Serving):
     """What `build_app` takes, from Python or from a Serve config file."""
 
     directory: str
-    """Artifact directory; every node that runs a replica must see it under this path."""
+    """Artifact: a directory that every node with a replica sees under this path, or a URI, fetched by each of them."""
 
 
 def serve(
@@ -75,7 +76,7 @@ def serve(
     block: bool = True,
     **overrides: Any,
 ) -> str:
-    """Serve an artifact directory until Ctrl-C or SIGTERM (or, with block=False, go on serving) and return its URL.
+    """Serve an artifact until Ctrl-C or SIGTERM (or, with block=False, go on serving) and return its URL.
 
     Overrides are fields of `Serving`. Raises ArtifactError, RecipeError or ResourceError, before Ray starts if it can.
     """
@@ -154,7 +155,7 @@ def _environment(args: ServeArgs) -> dict[str, str]:
 
 
 def _describe(found: Artifact, directory: str) -> Description:
-    published = (Path(directory) / artifact.MANIFEST).stat().st_mtime
+    published = (artifact.located(directory) / artifact.MANIFEST).stat().st_mtime
     labels = None if found.labels is None else tuple(found.labels)
     return Description(found.name, found.task, found.exporter["type"], labels, int(published))
 
@@ -172,10 +173,10 @@ def _protocol_of(found: Artifact) -> str:
 def _arguments(directory: str | Path, given: dict[str, Any]) -> ServeArgs:
     """Join what is given here with what the artifact's recipe wanted; the former wins."""
     values = {key: value for key, value in given.items() if value is not None}
-    path = Path(directory).expanduser().absolute()
-    wanted = artifact.read(path, verify=False).serving
+    place = str(directory) if is_uri(str(directory)) else str(Path(directory).expanduser().absolute())
+    wanted = artifact.read(place, verify=False).serving
     try:
-        return ServeArgs.model_validate(wanted | values | {"directory": str(path)})
+        return ServeArgs.model_validate(wanted | values | {"directory": place})
     except ValidationError as error:
         raise RecipeError("; ".join(map(_mistake, error.errors()))) from None
 

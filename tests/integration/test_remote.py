@@ -17,14 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
-from raytx import checkpoint, lease, mirror, saving, storage, verify, worker
+from raytx import artifact, checkpoint, lease, mirror, saving, storage, verify, worker
 from raytx import run as run_directory
+from raytx.artifact import open_artifact
 from raytx.checkpoint import Checkpoint
-from raytx.errors import DataError, RecipeError, ResourceError, TrainingError
+from raytx.cli import commands
+from raytx.errors import ArtifactError, CheckpointError, DataError, RecipeError, ResourceError, TrainingError
+from raytx.export import export_again
 from raytx.journal import rows
 from raytx.plan import Plan, resolve
 from raytx.prepare import META, prepare
+from raytx.serve import ServeArgs, build_app
 from raytx.storage import Store
 
 RANK = Path(__file__).with_name("remote_rank.py")
@@ -412,6 +417,71 @@ def test_a_bucket_that_is_not_there_is_told_as_a_mistake(recipe, server):
         mirror.held(plan, doing="training", tell=print),
     ):
         pass
+
+
+def at(uri: str, place: str) -> str:
+    """Return the URI of something below a storage path."""
+    base, _, query = uri.partition("?")
+    return f"{base}/{place}?{query}"
+
+
+@pytest.fixture
+def exported(recipe, train_here, uri, cache) -> str:
+    """A finished run in a store, exported from a machine that had nothing of it."""
+    train_here(recipe("run", storage_path=uri, export=[{"type": "hf"}], **SCHEDULE))
+    plan = prepared(recipe("run", storage_path=uri, export=[{"type": "hf"}], **SCHEDULE))
+    run_directory.record(plan)
+    mirror.of(plan).push(mirror.RECORDS)
+    shutil.rmtree(cache)
+    export_again(at(uri, "run"), tell=print)
+    return uri
+
+
+def test_an_artifact_in_a_store_is_opened_on_a_node_that_has_nothing(exported, cache):
+    place = at(exported, "run/artifacts/hf")
+    shutil.rmtree(cache)
+    opened = open_artifact(place)  # replays the golden outputs
+    assert opened.artifact.lineage["step"] == 8
+    before = {path: path.stat().st_mtime_ns for path in artifact.located(place).rglob("*")}
+    open_artifact(place)
+    assert before == {path: path.stat().st_mtime_ns for path in artifact.located(place).rglob("*")}
+    assert ServeArgs.model_validate({"directory": place}).directory == place
+    assert build_app(ServeArgs(directory=place)) is not None
+
+
+def test_a_damaged_artifact_in_a_store_is_refused_and_one_published_anew_is_fetched(exported, cache):
+    place = at(exported, "run/artifacts/hf")
+    spoil(exported, "run/artifacts/hf/model.safetensors")
+    shutil.rmtree(cache)
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"artifacts/hf.*: not what was published. model.safetensors"):
+            open_artifact(place)
+    assert list(cache.glob("*artifacts-hf*/*")) == [], "nothing damaged is kept"
+    plan = mirror.recorded(at(exported, "run"))
+    mirror.of(plan)._store.remove("run/artifacts/hf/artifact.json")
+    with pytest.raises(ArtifactError, match=r"no artifact there \(no artifact.json\)"):
+        open_artifact(place)
+    export_again(at(exported, "run"), tell=print)
+    assert open_artifact(place).artifact.lineage["step"] == 8
+
+
+def test_a_run_in_a_store_is_consolidated_by_its_uri(exported, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        commands(["consolidate", at(exported, "run"), str(tmp_path / "whole")])
+    assert end.value.code == 0
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    there = load_file(artifact.located(at(exported, "run/artifacts/hf")) / "model.safetensors")
+    assert same(weights, there)
+
+
+def test_a_uri_that_names_nothing_or_cannot_be_reached_is_told(uri):
+    with pytest.raises(CheckpointError, match=r"no run there \(no plan.json\)"):
+        export_again(at(uri, "nothing"), tell=print)
+    with pytest.raises(ArtifactError, match="no artifact there"):
+        artifact.read(at(uri, "nothing"))
+    dead = re.sub(r"endpoint_override=[^&]*", "endpoint_override=127.0.0.1:9", uri)
+    with pytest.raises(ResourceError, match="cannot be read"):
+        artifact.read(at(f"{dead}&connect_timeout=1", "nothing"))
 
 
 @pytest.mark.ray
