@@ -23,6 +23,7 @@ from raytx.pulse import phase
 from raytx.seeding import seed_generators
 from raytx_deepspeed.finite import forget, tainted
 from raytx_deepspeed.groups import Groups
+from raytx_deepspeed.loss_scale import LossScale
 from raytx_deepspeed.place import materialise
 from raytx_deepspeed.sequence import Slices
 from raytx_deepspeed.state import ShardedState, saved_buffers
@@ -134,13 +135,13 @@ class DeepSpeedEngine:
         self._accumulation = plan.gradient_accumulation_steps
         self._max_norm = plan.recipe.optim.max_grad_norm
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._scaled = plan.recipe.train.precision == "fp16"
+        self._scale = LossScale(engine) if plan.recipe.train.precision == "fp16" else None
         self._state = ShardedState(
             engine,
             self._trained,
             shares=shares,
             parts=lambda shape: state_parts(plan.recipe.optim, shape),
-            speaks=groups.get_sequence_data_parallel_rank() == 0,
+            turn=(groups.get_sequence_data_parallel_rank(), groups.get_sequence_data_parallel_world_size()),
         )
 
     # ---- steps
@@ -205,14 +206,8 @@ class DeepSpeedEngine:
         return total
 
     def _outcome(self, loss: float, norm: float) -> dict[str, float]:
-        """Return what a step's row tells of it. One that overflowed in fp16 has updated nothing."""
-        if not self._scaled:
-            return {"loss": loss, "grad_norm": norm}
-        skipped = bool(self._engine.optimizer.overflow)
-        scale = float(self._engine.optimizer.cur_scale)
-        if skipped and not math.isfinite(loss):
-            self._engine.skipped_steps -= 1  # no matter of the scale: whoever trains counts it
-        return {"loss": loss, "grad_norm": 0.0 if skipped else norm, "skipped": float(skipped), "loss_scale": scale}
+        """Return what a step's row tells of it."""
+        return {"loss": loss, "grad_norm": norm} if self._scale is None else self._scale.outcome(loss, norm)
 
     @torch.no_grad()
     def eval_batch(self, microbatch: Microbatch, *, logits: bool) -> tuple[float, np.ndarray | None]:
@@ -250,22 +245,13 @@ class DeepSpeedEngine:
             buffer.copy_(torch.from_numpy(read(name, "weight")))
 
     def scalars(self) -> dict[str, float]:
-        """Return the loss scale of fp16, the steps since it last changed for the worse, and those skipped in all."""
-        if not self._scaled:
-            return {}
-        scaler = self._engine.optimizer.loss_scaler
-        clean, skipped = scaler.cur_iter - scaler.last_overflow_iter - 1, self._engine.skipped_steps
-        return {"loss_scale": float(scaler.cur_scale), "clean_steps": float(clean), "skipped_steps": float(skipped)}
+        return {} if self._scale is None else self._scale.scalars()
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         """Called after load_tensors: steps that were skipped are none of the optimizer's."""
-        if not (self._scaled and scalars):
-            return
-        scaler, skipped = self._engine.optimizer.loss_scaler, int(scalars["skipped_steps"])
-        scaler.cur_scale = scalars["loss_scale"]
-        scaler.cur_iter, scaler.last_overflow_iter = int(scalars["clean_steps"]), -1
-        self._engine.skipped_steps = skipped
-        self._state.count(self._state.steps - skipped)
+        if self._scale is not None and scalars:
+            self._scale.load(scalars)
+            self._state.count(self._state.steps - self._scale.skipped)
 
     def peak_memory(self) -> int:
         if self._engine.device.type == "cuda":

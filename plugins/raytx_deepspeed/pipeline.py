@@ -22,6 +22,7 @@ from raytx.optimizer import build, parameter_groups, state_parts
 from raytx.plan import Plan
 from raytx_deepspeed.engine import DTYPES, DeepSpeedEngine, device_of, prepare_deepspeed
 from raytx_deepspeed.groups import group_of
+from raytx_deepspeed.loss_scale import LossScale
 from raytx_deepspeed.pipeline_engine import StageEngine
 from raytx_deepspeed.pipeline_module import TRAVELLING, Fed, Loss, StageModule
 from raytx_deepspeed.pipeline_timing import costs
@@ -207,7 +208,7 @@ class ThreeDEngine(DeepSpeedEngine):
         self._engine: Any = engine
         self.module = engine.module
         self._part, self._directory, self._place = part, directory, plan.layout.coordinate(rank)
-        self._scaled = plan.recipe.train.precision == "fp16"
+        self._scale = LossScale(engine) if plan.recipe.train.precision == "fp16" else None
         self._parts = lambda shape: state_parts(plan.recipe.optim, shape)
         mine = [entry.name for entry in directory if entry.trained and self._place.pipeline in entry.stages]
         self._state = ShardedState(
@@ -215,7 +216,7 @@ class ThreeDEngine(DeepSpeedEngine):
             {name: part.trained[name] for name in mine},
             shares=shares,
             parts=self._parts,
-            speaks=self._place.data == 0,
+            turn=(self._place.data, plan.layout.data_parallel_size),
         )
 
     def train_batch(self, microbatches: list[Microbatch], *, lr: float) -> dict[str, float]:

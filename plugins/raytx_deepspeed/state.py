@@ -36,16 +36,16 @@ class ShardedState:
         *,
         shares: Mapping[str, Share],
         parts: Callable[[tuple[int, ...]], tuple[Part, ...]],
-        speaks: bool,
+        turn: tuple[int, int],
     ) -> None:
         """Take an initialised engine and its trained parameters by Hugging Face name.
 
         `shares` are those of the whole model. `parts` names the optimizer's state tensors of a parameter by its shape.
-        `speaks` says whether this rank and those of its tensor-parallel group stand for all that hold the same: of
-        these the first is given arrays.
+        `turn` is this rank's place among those that hold the same, and their number: they take turns at being given
+        arrays, so that each writes its share. Of a tensor-parallel group, which has one turn, it is the first.
         """
         self._engine, self._trained, self._shares, self._parts = engine, trained, shares, parts
-        self._speaks, self._first = speaks, all(share.rank == 0 for share in shares.values())
+        self._turn, self._first = turn, all(share.rank == 0 for share in shares.values())
         self._stage: int = engine.zero_optimization_stage()
         self.masters = hasattr(engine.optimizer, "optimizer")
         """Whether DeepSpeed holds fp32 masters apart from the module's parameters."""
@@ -55,11 +55,13 @@ class ShardedState:
             self._create()
 
     def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
-        """Yield (name, part, array), one tensor at a time; whole on the rank that speaks, None on the others."""
-        for name, parameter in self._trained.items():
-            yield name, "weight", self._whole(name, self._weight(parameter))
+        """Yield (name, part, array), one tensor at a time; whole on the rank whose turn it is, None on the others."""
+        place, places = self._turn
+        for count, (name, parameter) in enumerate(self._trained.items()):
+            mine = count % places == place
+            yield name, "weight", self._whole(name, self._weight(parameter), mine=mine)
             for part in self._parts(_shape(parameter)):
-                yield name, part, self._whole(name, self._moment(parameter, part))
+                yield name, part, self._whole(name, self._moment(parameter, part), mine=mine)
 
     def load(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:
         """Set every tensor from a reader of whole ones, and the optimizer's step count."""
@@ -83,9 +85,9 @@ class ShardedState:
 
     # ---- whole and part
 
-    def _whole(self, name: str, part: torch.Tensor) -> np.ndarray | None:
-        """Join the parts of tensor-parallel ranks on the first of them."""
-        if not self._speaks:
+    def _whole(self, name: str, part: torch.Tensor, *, mine: bool) -> np.ndarray | None:
+        """Join the parts of tensor-parallel ranks on the first of them, where it is their turn."""
+        if not mine:
             return None
         share = self._shares.get(name)
         if share is None or share.dim is None:

@@ -6,8 +6,10 @@ python rank.py RANK WORLD_SIZE RENDEZVOUS_FILE JOBS.json
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def parity(rank: int, **case: Any) -> dict[str, float]:
         "weights": max(float(np.abs(tensors[name, "weight"] - value).max()) for name, value in weights.items()),
         "logits": float(np.abs(answers - logits).max()),
         "clipped": sum(row["grad_norm"] > work.LIMIT for row in expected),
+        "handed": engine.gather(sum(array.nbytes for _, _, array in engine.tensors() if array is not None)),
     }
 
 
@@ -102,6 +105,33 @@ def overflow(rank: int, *, stage: int) -> dict[str, Any]:
     fresh.load_scalars({**scalars, "loss_scale": 2.0**12})
     rows += work.train(fresh, job, rank, last=1)
     return {"rows": rows, "scalars": scalars, "changed": any((before[key] != after[key]).any() for key in before)}
+
+
+def left_out(rank: int, *, stage: int) -> dict[str, Any]:
+    """Take steps in fp16 that are left out though the scale is not to blame; return rows, scale and if it changed."""
+    import work
+    from deepspeed.accelerator import get_accelerator
+
+    from raytx_deepspeed import loss_scale
+
+    get_accelerator().is_fp16_supported = lambda: True
+    job = work.Case(strategy={"stage": stage}, ranks=2, precision="fp16")
+    loss_scale.LEAST = 2.0**40  # no gradient bears it, as if it were the least one
+    engine = work.engine(job, rank)
+    before, scalars = work.whole(engine), {"loss_scale": 2.0**40, "clean_steps": 7.0, "skipped_steps": 1.0}
+    engine.load_scalars(scalars)
+    rows = work.train(engine, job, rank, last=1)
+    loss_scale.LEAST = 2.0**-14
+    engine.load_scalars(scalars | {"loss_scale": 2.0**12})
+    each = job.plan().gradient_accumulation_steps
+    poisoned = [replace(one, weight=math.nan) for one in work.batch(0, packed=False)[rank * each : (rank + 1) * each]]
+    rows.append(engine.train_batch(poisoned, lr=1e-3))
+    after = work.whole(engine)
+    return {
+        "rows": [{key: str(value) for key, value in row.items()} for row in rows],
+        "scalars": engine.scalars(),
+        "changed": any((before[key] != after[key]).any() for key in before),
+    }
 
 
 def gradients(rank: int, *, family: str) -> dict[str, float]:

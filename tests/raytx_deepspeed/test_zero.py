@@ -56,6 +56,7 @@ def moves(family):
 def two(run_jobs):
     resumed = {f"{family} {n}": move for family in ("llama", "lora") for n, move in enumerate(moves(family))}
     scaled = {f"overflow {stage}": {"do": "overflow", "stage": stage} for stage in HALF}
+    scaled |= {f"left out {stage}": {"do": "left_out", "stage": stage} for stage in HALF}
     held = {"held": {"do": "held", "ranks": 2, "strategy": {"stage": 3}}}
     return run_jobs(2, {**TWO, **resumed, **held, **scaled})
 
@@ -106,3 +107,18 @@ def test_a_step_that_overflows_in_fp16_changes_nothing_and_halves_the_scale(two,
     assert found["scalars"] == {"loss_scale": 2.0**39, "clean_steps": 0.0, "skipped_steps": 1.0}
     assert (done["skipped"], done["loss_scale"]) == (0.0, 2.0**12)
     assert done["grad_norm"] == pytest.approx(2.62, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", HALF)
+def test_what_is_not_finite_at_the_least_scale_or_in_the_loss_itself_is_no_matter_of_the_scale(two, stage):
+    found = two[f"left out {stage}"]
+    least, poisoned = found["rows"]
+    assert least | {"loss": None} == {"loss": None, "grad_norm": "nan", "skipped": "0.0", "loss_scale": str(2.0**40)}
+    assert poisoned == {"loss": "nan", "grad_norm": "nan", "skipped": "0.0", "loss_scale": str(2.0**12)}
+    assert found["scalars"] == {"loss_scale": 2.0**12, "clean_steps": 7.0, "skipped_steps": 1.0}
+    assert not found["changed"]
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 3"])
+def test_ranks_that_hold_the_same_take_turns_at_handing_it_over(two, name):
+    assert min(two[name]["handed"]) > 0.3 * max(two[name]["handed"])
