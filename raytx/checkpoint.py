@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,16 @@ from raytx.tasks.base import Request
 
 UNREADABLE = "the storage does not let it be read: "
 """Begins what is wrong with a checkpoint that may be whole: it is passed over, but stays where it is."""
+FOREIGN = "format "
+"""Begins what is said of a checkpoint that another version of raytx wrote: it is whole, but not for this one."""
 REPLACED = ".replaced"
 """Ends the name of a checkpoint while another of the same step takes its place; it is whole until that is there."""
+STAGING = "staging"
+"""Ends the name of a directory in which an attempt writes: .<name>.<attempt>.staging"""
+OTHER_VERSION = (
+    "Another version of raytx wrote it, which its plan.json names: go on with that one, or begin anew under another "
+    "name (name=...)"
+)
 MANIFEST = "manifest.json"
 FORMAT = 3
 
@@ -210,6 +218,7 @@ def seal(staging: Path, target: Path, *, files: Files, content: Content) -> None
         finish(staging, files=files, content=content)
         old = target.with_name(f"{target.name}{REPLACED}")
         if target.is_dir() and damage(target) is None:  # saved when an order broke into the step's evaluation
+            _remove(old)  # of a process that was killed below
             target.rename(old)
         _set_aside(target)
         staging.rename(target)
@@ -261,6 +270,11 @@ def key(name: str, part: Part) -> str:
 # ------------------------------------------------------------------------------------------- finding and judging
 
 
+def step_of(directory: Path) -> int:
+    """Return the step that a checkpoint directory's name says."""
+    return int(directory.name.removesuffix(REPLACED).rpartition("-")[2])
+
+
 def complete(run_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run that have a manifest, newest first. Their hashes are not checked."""
     directories = [run_dir / "checkpoints" / name for name in _started(run_dir)]
@@ -278,7 +292,8 @@ def newest(
     """Return the newest checkpoint whose every file is as its manifest says, or None; say which were passed over.
 
     Ranks that call it together, with the engine's `gather`, share the hashing and all get the same one. Where it is
-    asked for, damaged ones are renamed, so that nothing counts them as checkpoints again.
+    asked for, damaged ones are renamed, so that nothing counts them as checkpoints again. Raises CheckpointError, on
+    every rank, at one that not all see alike or that another version wrote.
     """
     seen = gather(_started(run_dir))
     for name in seen[0]:
@@ -294,6 +309,8 @@ def newest(
                 f"{directory}: whole as rank 0 sees it, but not as {', '.join(f'rank {place}' for place in blind)} "
                 f"{'does' if len(blind) == 1 else 'do'}: {told}. Is the storage mounted on every node?"
             )
+        if judged.startswith(FOREIGN):
+            raise CheckpointError(f"{directory}: {judged}. {OTHER_VERSION}")
         if tell:
             tell(f"checkpoint {name} is damaged and passed over: {told}")
         if set_aside and rank == 0 and not judged.startswith(UNREADABLE):
@@ -323,17 +340,21 @@ def damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
 def flaws(directory: Path, *, share: tuple[int, int] = (0, 1), advance: Callable[[int], object] = int) -> list[str]:
     """Return what is wrong with a checkpoint directory, each "<file>: <reason>"; `advance` is told the bytes read."""
     try:
-        manifest = read_json(directory / MANIFEST)
-        if manifest["format"] != FORMAT:
-            return [f"{MANIFEST}: format {manifest['format']!r}, this raytx reads {FORMAT}"]
-        files = read_sealed(directory / MANIFEST)["files"]
-        return disagreements(directory, files, manifest=MANIFEST, share=share, advance=advance)
+        manifest = read_sealed(directory / MANIFEST)
+        if (foreign := other_format(manifest)) is not None:
+            return [foreign]
+        return disagreements(directory, manifest["files"], manifest=MANIFEST, share=share, advance=advance)
     except FileNotFoundError as error:
         return [f"{Path(error.filename).name}: missing"]
     except OSError as error:
         return [f"{UNREADABLE}{error.strerror or error} ({error.filename})"]
     except (ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"]
+
+
+def other_format(manifest: Mapping[str, Any]) -> str | None:
+    """Return what is to be said of a manifest that another version of raytx has sealed, or None."""
+    return None if manifest["format"] == FORMAT else f"{FOREIGN}{manifest['format']!r}, this raytx reads {FORMAT}"
 
 
 def load(directory: str | Path) -> Checkpoint:
@@ -368,26 +389,30 @@ def chosen(run_dir: Path, plan: Plan | None = None) -> Checkpoint:
     return best
 
 
-def retain(run_dir: Path, *, num_to_keep: int | None, best_step: int | None) -> None:
+def retain(run_dir: Path, *, step: int, attempt: str, num_to_keep: int | None, best_step: int | None) -> None:
     """Remove checkpoints beyond the newest num_to_keep, and staging left by killed attempts; the best one stays.
 
-    Called when a checkpoint has just been committed, so that there is always a complete one.
+    Called when an attempt has just committed the checkpoint of a step, which is the newest that counts: those ahead of
+    it could not be read when the run went on from an earlier one, and they may be whole.
     """
-    directories = [path for path in complete(run_dir) if not _is_replaced(path)]
-    keep = {path.name for path in directories[:num_to_keep]}
-    if best_step is not None:
-        keep.add(directory_of(run_dir, best_step).name)
-    for path in directories:
-        if path.name not in keep:
+    there = [path for path in complete(run_dir) if step_of(path) <= step]
+    keep = set(list(dict.fromkeys(map(step_of, there)))[:num_to_keep]) | {best_step}
+    for path in there:
+        if step_of(path) not in keep or _is_replaced(path):
             _remove(path)
-    for path in filter(_is_replaced, complete(run_dir)):
-        _remove(path)
-    sweep(run_dir)
+    sweep(run_dir, until=attempt)
 
 
 def _is_replaced(directory: Path) -> bool:
     name = directory.name.removesuffix(REPLACED)
     return name != directory.name and directory.with_name(name).is_dir()
+
+
+def drop(run_dir: Path, *, but: Collection[int]) -> None:
+    """Remove all checkpoints but those of some steps from a directory that is a cache of them."""
+    for path in complete(run_dir):
+        if step_of(path) not in but:
+            _remove(path)
 
 
 def make_room(run_dir: Path) -> None:
@@ -399,10 +424,13 @@ def make_room(run_dir: Path) -> None:
     sweep(run_dir)
 
 
-def sweep(run_dir: Path) -> None:
-    """Remove what killed attempts have left half written or half removed."""
+def sweep(run_dir: Path, *, until: str | None = None) -> None:
+    """Remove what killed attempts have left half written or half removed, but for what later ones write than `until`:
+    a process that was given up may still be at it."""
     for rubbish in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(rubbish, ignore_errors=True)
+        *_, attempt, kind = rubbish.name.split(".")
+        if until is None or kind != STAGING or attempt <= until:
+            shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def _remove(directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +17,8 @@ import numpy as np
 
 CHUNK = 8 << 20
 """Bytes that are hashed and written at a time, side by side and both without Python's lock."""
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+"""What file systems say that cannot synchronise a directory."""
 SPELLED = {
     "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32", "uint32": "U32",
     "float16": "F16", "int16": "I16", "uint16": "U16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -120,13 +122,15 @@ def sync(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename in a directory durable; file systems that cannot (some network ones) are left as they are."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Make a rename in a directory durable, where the file system can (some network ones cannot). Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path) -> str:

@@ -1,10 +1,11 @@
 """A run in a store: checkpoints, records, artifacts, and how the local directories of its nodes follow.
 
     <storage_path>/<name>/
-        checkpoints/step-00000200.18c2f0a1d2e3f405/   as checkpoint.py has it; the number is the attempt's that saved it
-        plan.json  status.json  metrics.jsonl ...     records, as of the last save
-        artifacts/hf/                                 artifact.json last
-        lease                                         who holds the run; see lease.py
+        checkpoints/step-00000200.18c2f0a1d2e3f405000001/   as checkpoint.py has it; the number is the attempt's and the
+                                                      save's in it
+        plan.json  status.json  metrics.jsonl ...           records, as of the last save
+        artifacts/hf/                                       artifact.json last
+        lease                                               who holds the run; see lease.py
 
 A store has no renaming, so a checkpoint is there exactly when its manifest is, which is put there last. No two attempts
 write under one name: one that was given up may still be at it. Each node keeps what it wrote or fetched, and fetches
@@ -64,7 +65,7 @@ class Saved:
 
     step: int
     attempt: str
-    """Hexadecimal; of two the later one is greater."""
+    """Attempt and save in it, hexadecimal digits: 16 and 6; of two the later one is greater."""
 
     @property
     def name(self) -> str:
@@ -114,21 +115,29 @@ class Mirror:
         self.push(JOURNAL)
         self._store.put(staging / MANIFEST, f"{place}/{MANIFEST}")
 
-    def retain(self, *, num_to_keep: int | None, best_step: int | None) -> None:
+    def greatest_attempt(self) -> int:
+        """Return the number of the last attempt that has put something there, 0 where none has."""
+        found = map(_saved, persistently(lambda: self._store.sizes(self._at(CHECKPOINTS))))
+        return max((int(one.attempt[:16], 16) for one in found if one), default=0)
+
+    def retain(self, saved: Saved, *, num_to_keep: int | None, best_step: int | None) -> None:
         """Remove checkpoints beyond the newest num_to_keep, and what killed attempts have left; the best one stays.
 
-        Called when a checkpoint has just been committed, by the one who did. Manifests go first: what is half removed
+        Called when one has just been committed, by the one who did. Nothing of a later attempt is touched, as this one
+        may have been given up, nor what is ahead, which counts for nothing. Manifests go first: what is half removed
         must not look like a checkpoint.
         """
         sizes = self._store.sizes(self._at(CHECKPOINTS))
-        kept: list[Saved] = []
+        kept = [saved]
         for one in _committed(sizes):
-            if one.step not in {other.step for other in kept}:
+            if one.step < kept[-1].step:
                 kept += [one] if num_to_keep is None or len(kept) < num_to_keep or one.step == best_step else []
-        damaged = {name.partition("/")[0] for name in sizes if name.endswith(f"/{DAMAGED}")}
-        for name in {name.partition("/")[0] for name in sizes} - {one.name for one in kept} - damaged:
-            self._store.remove(self._at(f"{CHECKPOINTS}/{name}/{MANIFEST}"))
-            self._store.remove_directory(self._at(f"{CHECKPOINTS}/{name}"))
+        spared = {name.partition("/")[0] for name in sizes if name.endswith(f"/{DAMAGED}")}
+        spared |= {one.name for one in (*kept, *(one for one in _committed(sizes) if one.step > saved.step))}
+        there = {one for one in map(_saved, sizes) if one and one.attempt <= saved.attempt and one.name not in spared}
+        for place in sorted(self._at(one.place) for one in there):
+            self._store.remove(f"{place}/{MANIFEST}")
+            self._store.remove_directory(place)
 
     # ---- restoring
 
@@ -165,6 +174,8 @@ class Mirror:
         for saved in found:
             fetch = partial(self.fetch, saved) if fetches else None
             problems = list(filter(None, self._errand(fetch, gather, f"{self.uri}/{saved.place}")))
+            if problems and problems[0].startswith(checkpoint.FOREIGN):
+                raise TrainingError(f"{self.uri}/{saved.place}: {problems[0]}. {checkpoint.OTHER_VERSION}")
             if not problems:
                 self._errand(partial(self.pull, JOURNAL) if rank == 0 else None, gather, self.uri)
                 newest = Checkpoint(checkpoint.directory_of(self._run_dir, saved.step))
@@ -202,8 +213,8 @@ class Mirror:
             files: Files = found["files"]
         except (ValueError, KeyError, TypeError) as error:
             return f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"
-        if found.get("format") != checkpoint.FORMAT:
-            return f"{MANIFEST}: format {found.get('format')!r}, this raytx reads {checkpoint.FORMAT}"
+        if (foreign := checkpoint.other_format(found)) is not None:
+            return foreign
         target = checkpoint.directory_of(self._run_dir, saved.step)
         staging = target.with_name(f".{target.name}.fetched")
         shutil.rmtree(staging, ignore_errors=True)
@@ -220,7 +231,10 @@ class Mirror:
         """Ready this node's directory; return what there is to restore from, and whether there was more."""
         checkpoint.make_room(self._run_dir)
         sizes = persistently(lambda: self._store.sizes(self._at(CHECKPOINTS)))
-        return _committed(sizes), any(name.endswith(f"/{DAMAGED}") for name in sizes)
+        found = _committed(sizes)
+        if found:  # what is retained no longer need not stay on any node
+            checkpoint.drop(self._run_dir, but={one.step for one in found})
+        return found, any(name.endswith(f"/{DAMAGED}") for name in sizes)
 
     def _bring(self, saved: Saved, name: str, wanted: Mapping[str, Any], target: Path, staging: Path) -> str | None:
         """Take a file from this node's directory where it is whole there, else from the store."""
@@ -413,25 +427,29 @@ def copies(uri: str, *, only: str | None = None, whole: bool = False) -> Path:
 
 
 def _where_storage_is_a_directory(names: Iterable[str]) -> dict[str, str]:
-    """Return the names that files have there; what killed attempts have left has none."""
-    marks = {f"/{MANIFEST}": "", f"/{DAMAGED}": "damaged-"}
-    heads = {
-        name.removesuffix(end): f"{CHECKPOINTS}/{mark}{name.removeprefix(f'{CHECKPOINTS}/').partition('.')[0]}"
-        for name in names
-        for end, mark in marks.items()
-        if name.startswith(f"{CHECKPOINTS}/") and name.endswith(end)
-    }
+    """Return the names that files have there; what killed attempts have left has none, nor has of several checkpoints
+    of a step any but the last."""
+    places: dict[str, str] = {}
+    for name in sorted(names):
+        directory, _, file = name.rpartition("/")
+        if directory.startswith(f"{CHECKPOINTS}/") and file in {MANIFEST, DAMAGED}:
+            mark = file.removesuffix(MANIFEST)
+            places[f"{CHECKPOINTS}/{mark}{directory.removeprefix(f'{CHECKPOINTS}/').partition('.')[0]}"] = directory
     found = {name: name for name in names if not name.startswith(f"{CHECKPOINTS}/")}
-    for name in names:
-        head = "/".join(name.split("/")[:2])
-        if head in heads:
-            found[name] = f"{heads[head]}{name.removeprefix(head)}"
+    for place, directory in places.items():
+        found |= {name: name.replace(directory, place, 1) for name in names if name.startswith(f"{directory}/")}
     return found
 
 
 def _committed(sizes: Mapping[str, int]) -> list[Saved]:
-    found = (re.fullmatch(r"step-(\d{8,})\.([0-9a-f]+)/" + re.escape(MANIFEST), name) for name in sizes)
-    return sorted((Saved(int(match[1]), match[2]) for match in found if match), reverse=True)
+    """Return the checkpoints whose manifest is there, newest first."""
+    return sorted((one for name in sizes if name.endswith(f"/{MANIFEST}") and (one := _saved(name))), reverse=True)
+
+
+def _saved(name: str) -> Saved | None:
+    """Return what a name below checkpoints/ belongs to, where it is a checkpoint's, committed or not."""
+    match = re.match(r"step-(\d{8,})\.([0-9a-f]+)/", name)
+    return Saved(int(match[1]), match[2]) if match else None
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -78,7 +78,12 @@ class Saver:
         if rank == 0:
             checkpoint.make_room(plan.run_dir)
         # A name of this attempt's own: a rank of one that was given up may still be writing.
-        self._attempt: str = engine.gather(f"{time.time_ns():x}")[0]
+        self._attempt: int = engine.gather(self._number() if rank == 0 else 0)[0]
+        self._saves = 0
+
+    def _number(self) -> int:
+        """Return a number greater than those of all earlier attempts, whatever the clocks of their machines say."""
+        return max(time.time_ns(), self._mirror.greatest_attempt() + 1 if self._mirror else 0)
 
     @property
     def under_way(self) -> bool:
@@ -94,7 +99,8 @@ class Saver:
         since = since or time.monotonic()
         self._finish_earlier(state)
         target = checkpoint.directory_of(self._plan.run_dir, state.step)
-        staging = target.with_name(f".{target.name}.{self._attempt}.staging")
+        self._saves += 1  # a step may be saved twice: an order broke into its evaluation
+        staging = target.with_name(f".{target.name}.{self._attempt:016x}{self._saves:06x}.{checkpoint.STAGING}")
         save = self._save = _Save(staging, target, Content(self._plan, state, golden, demo), since, self._mirror)
         tensors = _copied(self._engine)
         if self._plan.recipe.save.background:
@@ -210,12 +216,13 @@ class Saver:
     def _commit(self, save: _Save, files: Files) -> None:
         """Make the checkpoint complete and remove those that need not stay. Rank 0 only."""
         kept = {"num_to_keep": self._plan.recipe.save.num_to_keep, "best_step": save.content.state.best_step}
+        saved = save.saved
         error = _attempted(self._flush)
         error = error or _attempted(lambda: save.persist(lambda: save.seal(files)))
         if error is None:  # what cannot be removed now can be the next time
             if (mirrored := self._mirror) is not None:
-                _attempted(lambda: mirrored.retain(**kept))
-            _attempted(lambda: checkpoint.retain(self._plan.run_dir, **kept))
+                _attempted(lambda: mirrored.retain(saved, **kept))
+            _attempted(lambda: checkpoint.retain(self._plan.run_dir, step=saved.step, attempt=saved.attempt, **kept))
         save.status = Status("failed" if error else "sealed", error=error, retried=tuple(save.retried))
 
 
@@ -250,7 +257,7 @@ class _Save:
     @property
     def saved(self) -> Saved:
         """What it is in a store."""
-        attempt = self.staging.name.removeprefix(f".{self.target.name}.").removesuffix(".staging")
+        attempt = self.staging.name.removeprefix(f".{self.target.name}.").removesuffix(f".{checkpoint.STAGING}")
         return Saved(self.content.state.step, attempt)
 
     def share(self, path: Path) -> None:
@@ -308,7 +315,8 @@ class _ShareOfFiles:
     def close(self) -> None:
         for stem in self._held:
             self._flush(stem)
-        self._save.persist(lambda: sync_directory(self._save.staging))
+        if self.written:
+            self._save.persist(lambda: sync_directory(self._save.staging))
 
     def _flush(self, stem: str) -> None:
         if not (arrays := self._held[stem]):

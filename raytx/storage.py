@@ -136,7 +136,7 @@ class Store:
         A local disk need not have it yet when this returns: it can be fetched again.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary, hashed = path.with_name(f".{path.name}.{os.getpid()}.tmp"), hashlib.sha256()
+        temporary, hashed = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"), hashlib.sha256()
         try:
             with _plainly(), open(temporary, "wb") as sink, self._files.open_input_stream(self._at(name)) as source:
                 while piece := source.read(CHUNK):

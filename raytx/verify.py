@@ -15,7 +15,7 @@ from typing import Any
 from raytx import checkpoint, ledger, prepare, status
 from raytx.artifact import MANIFEST as ARTIFACT
 from raytx.artifact import Artifact, open_artifact, read
-from raytx.checkpoint import MANIFEST
+from raytx.checkpoint import MANIFEST, REPLACED, directory_of, step_of
 from raytx.errors import ArtifactError
 from raytx.export import made_of
 from raytx.files import disagreements, read_json
@@ -153,7 +153,7 @@ def _checkpoint(directory: Path, advance: Advance) -> list[Finding]:
         return [_flaw(directory, flaw) for flaw in flaws]
     found = []
     for file in (MANIFEST, "state.json"):
-        if (step := read_json(directory / file).get("step")) != int(directory.name.rpartition("-")[2]):
+        if (step := read_json(directory / file).get("step")) != step_of(directory):
             found.append(Finding(str(directory / file), f"is of step {step}"))
     plan = directory.parent.parent / PLAN
     if plan.is_file() and (changed := _other_identity(plan, directory / "plan.json")):
@@ -242,7 +242,11 @@ def _best(newest: Path) -> Path | None:
         keeps = read_json(newest / PLAN)["recipe"]["save"]["keep"] == "best"
     except UNREADABLE:
         return None
-    return newest.with_name(f"step-{step:08d}") if keeps and step is not None else None
+    if not keeps or step is None:
+        return None
+    best = directory_of(newest.parent.parent, step)
+    replaced = best.with_name(f"{best.name}{REPLACED}")  # killed while it was replaced
+    return replaced if replaced.is_dir() and not best.is_dir() else best
 
 
 def _leftovers(run_dir: Path) -> tuple[list[Finding], list[Finding]]:
@@ -272,7 +276,7 @@ def _journal(run_dir: Path, saved: Sequence[Path], journal: Journal) -> list[Fin
         told.append(f"missing: {_spans(missing)}")
     if not repeated and steps != sorted(steps):
         told.append("its steps are not in order")
-    if saved and last < (reached := int(saved[0].name.rpartition("-")[2])):
+    if saved and last < (reached := step_of(saved[0])):
         told.append(f"ends at step {last}, before checkpoint {saved[0].name} (step {reached})")
     return [Finding(str(run_dir / METRICS), text) for text in told]
 

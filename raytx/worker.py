@@ -185,6 +185,7 @@ class _Loop:
         if self._evaluates(state.step):
             state = self.evaluate(state)
         ordered = self.council.meet()
+        self.recess.heard = max(self.recess.heard, self.council.heard)  # what is obeyed here is no news there
         if ordered or self.stopped or self._saves(state):
             self.save(state)
         return state

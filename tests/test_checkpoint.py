@@ -142,7 +142,7 @@ def test_a_checkpoint_that_is_being_replaced_counts_until_the_other_is_there(run
     found = checkpoint.newest(run_dir)
     assert found is not None
     assert (found.step, found.directory.name) == (4, newest.name + REPLACED)
-    retain(run_dir, num_to_keep=1, best_step=None)
+    retain(run_dir, step=4, attempt="6f", num_to_keep=1, best_step=None)
     assert names(run_dir) == [newest.name + REPLACED]
 
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_was_replaced_comes_after_what_replaces_it_and_goes_ne
     newest = checkpoint.directory_of(run_dir, 4)
     shutil.copytree(newest, newest.with_name(newest.name + REPLACED))
     assert [path.name for path in checkpoint.complete(run_dir)[:2]] == [newest.name, newest.name + REPLACED]
-    retain(run_dir, num_to_keep=2, best_step=None)
+    retain(run_dir, step=4, attempt="6f", num_to_keep=2, best_step=None)
     assert names(run_dir) == ["step-00000003", "step-00000004"]
 
 
@@ -164,27 +164,61 @@ def test_a_checkpoint_without_one_of_its_files_is_passed_over_and_the_file_named
     assert f"{missing}: missing" in told[0]
 
 
-def test_a_checkpoint_of_another_format_is_passed_over_and_its_format_told(run_dir: Path) -> None:
+def test_a_checkpoint_that_another_version_wrote_is_neither_damage_nor_passed_over(run_dir: Path) -> None:
+    directory = checkpoint.directory_of(run_dir, 4)
+    write_sealed(directory / MANIFEST, {"format": 9, "step": 4, "files": {}})
+    before = names(run_dir)
+    with pytest.raises(CheckpointError, match=f"format 9, this raytx reads {FORMAT}. Another version of raytx wrote"):
+        checkpoint.newest(run_dir, set_aside=True)
+    assert names(run_dir) == before
+
+
+def test_a_bit_that_flips_in_the_format_is_damage(run_dir: Path) -> None:
     manifest = checkpoint.directory_of(run_dir, 4) / MANIFEST
     manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 2'))
-    assert checkpoint.damage(manifest.parent) == f"{MANIFEST}: format 2, this raytx reads {FORMAT}"
+    found = checkpoint.newest(run_dir, set_aside=True)
+    assert found is not None
+    assert found.step == 3
+    assert "damaged-step-00000004" in names(run_dir)
 
 
 def test_newest_ones_and_the_best_one_stay(run_dir: Path) -> None:
-    retain(run_dir, num_to_keep=1, best_step=2)
+    retain(run_dir, step=4, attempt="6f", num_to_keep=1, best_step=2)
     assert names(run_dir) == ["step-00000002", "step-00000004"]
 
 
+def test_what_is_ahead_of_the_one_just_committed_counts_for_nothing_and_stays(run_dir: Path) -> None:
+    """It could not be read when the run went on from an earlier one, and may be whole."""
+    retain(run_dir, step=3, attempt="6f", num_to_keep=1, best_step=None)
+    assert names(run_dir) == ["step-00000003", "step-00000004"]
+
+
+def test_the_best_one_stays_also_where_it_was_being_replaced(run_dir: Path) -> None:
+    best = checkpoint.directory_of(run_dir, 2)
+    best.rename(best.with_name(best.name + REPLACED))
+    retain(run_dir, step=4, attempt="6f", num_to_keep=1, best_step=2)
+    assert names(run_dir) == [f"step-00000002{REPLACED}", "step-00000004"]
+
+
 def test_all_stay_where_no_number_is_given(run_dir: Path) -> None:
-    retain(run_dir, num_to_keep=None, best_step=None)
+    retain(run_dir, step=4, attempt="6f", num_to_keep=None, best_step=None)
     assert len(names(run_dir)) == 4
 
 
 def test_what_killed_attempts_left_is_removed(run_dir: Path) -> None:
     for name in (".step-00000003.5f.staging", ".step-00000001.doomed"):
         (run_dir / "checkpoints" / name).mkdir()
-    retain(run_dir, num_to_keep=4, best_step=None)
+    retain(run_dir, step=4, attempt="6f", num_to_keep=4, best_step=None)
     assert len(names(run_dir)) == 4
+
+
+def test_what_a_later_attempt_writes_is_spared_by_one_that_was_given_up(run_dir: Path) -> None:
+    for attempt in ("6e", "6f", "70"):
+        (run_dir / "checkpoints" / f".step-00000005.{attempt}.staging").mkdir()
+    retain(run_dir, step=4, attempt="6f", num_to_keep=4, best_step=None)
+    assert [name for name in names(run_dir) if name.startswith(".")] == [".step-00000005.70.staging"]
+    checkpoint.make_room(run_dir)
+    assert len(names(run_dir)) == 4, "a new attempt is the last one"
 
 
 def test_a_structure_promises_what_is_trained_saved_and_kept_by_the_optimizer() -> None:

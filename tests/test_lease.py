@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -106,6 +108,33 @@ def test_who_loses_the_lease_is_told_to_end_and_leaves_the_other_in_peace(store)
         assert lost.wait(5)
         assert not ours()
     assert "pid 7" in told[0]
+    assert held(store)["id"] == "x"
+
+
+HOLD = """
+import sys, time
+from raytx import lease
+from raytx.storage import Store
+lease.RENEW_S, lease.SETTLE_S = 0.05, 0.01
+try:
+    with lease.Lease(Store(sys.argv[1]), "run/lease", place="here").held(doing="training", tell=print):
+        print("held", flush=True)
+        time.sleep(60)
+finally:
+    print("saved what is another's by now")
+"""
+
+
+def test_who_loses_the_lease_ends_at_once_without_a_last_word_to_the_store(tmp_path):
+    store = Store(f"file://{tmp_path}/runs")
+    command = [sys.executable, "-c", HOLD, store.uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        store.write("run/lease", json.dumps({"place": "there", "id": "x", "doing": "training", "pid": 7}).encode())
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "has taken this run over; this process ends" in said
+    assert "saved" not in said
     assert held(store)["id"] == "x"
 
 

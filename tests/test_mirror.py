@@ -5,7 +5,7 @@ import os
 import pytest
 
 from raytx import mirror
-from raytx.mirror import JOURNAL, RECORDS, Mirror
+from raytx.mirror import JOURNAL, RECORDS, Mirror, Saved
 from raytx.storage import Store
 
 
@@ -96,6 +96,74 @@ def test_a_journal_that_is_longer_here_is_not_fetched_where_only_longer_ones_are
     assert (run_dir / "metrics.jsonl").read_text() == "{}\n{}\n"
     Mirror(store, run_dir).pull(JOURNAL)
     assert (run_dir / "metrics.jsonl").read_text() == "{}\n"
+
+
+def committed(store, *names):
+    for name in names:
+        for file in ("weights-0", "manifest.json"):
+            store.write(f"run/checkpoints/{name}/{file}", b"{}")
+
+
+def there(store):
+    return sorted({name.partition("/")[0] for name in store.sizes("run/checkpoints")})
+
+
+@pytest.fixture
+def empty(tmp_path):
+    return Mirror(Store(f"file://{tmp_path}/empty"), tmp_path / "here" / "run")
+
+
+def test_retention_keeps_the_newest_and_the_best_of_what_is_not_ahead(empty):
+    store = empty._store
+    committed(store, "step-00000002.a1", "step-00000004.a2", "step-00000006.a3", "step-00000006.a4", "step-00000009.a1")
+    store.write("run/checkpoints/step-00000007.a2/weights-0", b"half")
+    store.write("run/checkpoints/step-00000003.a1/damaged-manifest.json", b"{}")
+    empty.retain(Saved(6, "a4"), num_to_keep=1, best_step=2)
+    kept = ["step-00000002.a1", "step-00000003.a1", "step-00000006.a4", "step-00000009.a1"]
+    assert there(store) == kept, "damaged ones are left to be looked at, and what is ahead may be whole"
+
+
+def test_an_attempt_that_was_given_up_touches_nothing_of_its_successor(empty):
+    store = empty._store
+    committed(store, "step-00000002.a1", "step-00000004.b0", "step-00000006.a1")
+    store.write("run/checkpoints/step-00000008.b0/weights-0", b"half")
+    empty.retain(Saved(6, "a1"), num_to_keep=1, best_step=None)
+    assert there(store) == ["step-00000004.b0", "step-00000006.a1", "step-00000008.b0"]
+
+
+def test_the_greatest_attempt_is_of_uploads_that_were_cut_off_too(empty):
+    assert empty.greatest_attempt() == 0
+    committed(empty._store, "step-00000002.18c2f0a1d2e3f405000001")
+    empty._store.write("run/checkpoints/step-00000004.18c2f0a1d2e3f406000003/weights-0", b"half")
+    assert empty.greatest_attempt() == 0x18C2F0A1D2E3F406
+
+
+def test_a_copy_has_of_several_checkpoints_of_a_step_the_last(empty):
+    committed(empty._store, "step-00000004.a1", "step-00000004.a2")
+    empty._store.write("run/checkpoints/step-00000004.a2/weights-0", b"last")
+    for attempt in ("a3", "a4"):
+        empty._store.write(f"run/checkpoints/step-00000008.{attempt}/damaged-manifest.json", attempt.encode())
+    copy = mirror.copies(empty._store.uri, whole=True) / "run" / "checkpoints"
+    assert (copy / "step-00000004" / "weights-0").read_bytes() == b"last"
+    assert (copy / "damaged-step-00000008" / "damaged-manifest.json").read_bytes() == b"a4"
+
+
+def test_a_node_drops_checkpoints_that_the_store_retains_no_longer(empty):
+    committed(empty._store, "step-00000008.a1")
+    for step in (4, 8):
+        directory = empty._run_dir / "checkpoints" / f"step-{step:08d}"
+        directory.mkdir(parents=True)
+        (directory / "manifest.json").touch()
+    empty._begin()
+    assert {path.name for path in (empty._run_dir / "checkpoints").iterdir()} == {"step-00000008"}
+
+
+def test_where_the_store_has_none_left_a_node_keeps_what_it_has(empty):
+    directory = empty._run_dir / "checkpoints" / "step-00000004"
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").touch()
+    empty._begin()
+    assert directory.is_dir()
 
 
 def test_a_node_keeps_one_share_of_checkpoints_that_others_completed(tmp_path):

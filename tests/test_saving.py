@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -293,6 +294,14 @@ def test_a_checkpoint_that_is_there_already_is_replaced_and_whole_under_either_n
     on_ranks(plan, [share(0)], save_and_wait)
     assert seen == [["step-00000001.replaced"], ["step-00000001", "step-00000001.replaced"], ["step-00000001"]]
     assert checkpoint.directory_of(plan.run_dir, 1).stat().st_ino != before
+    assert left(plan) == ["step-00000001"]
+
+
+def test_one_that_was_killed_while_it_was_replaced_can_be_replaced_again(plan: Plan) -> None:
+    on_ranks(plan, [share(0)], save_and_wait)
+    whole = checkpoint.directory_of(plan.run_dir, 1)
+    shutil.copytree(whole, whole.with_name(whole.name + checkpoint.REPLACED))  # killed before it removed this
+    assert on_ranks(plan, [share(0)], save_and_wait) == [None]
     assert left(plan) == ["step-00000001"]
 
 
