@@ -243,7 +243,8 @@ def show_comparison(found: Record, console: Console) -> None:
     """Print what differs between two runs, and their figures side by side."""
     first, second = found["runs"]
     marks = {key for key in found["recipe"] if any(_within(key, other) for other in found["another_run"])}
-    told = "each could go on as the other: nothing that decides the numbers differs" if not found["another_run"] else (
+    marks |= {"prepared data"} if found["other_data"] else set()
+    told = "each could go on as the other: nothing that decides the numbers differs" if not marks else (
         "two different runs: what is marked * decides the numbers"
     )  # fmt: skip
     console.print(f"[bold]{escape(first)}[/] and [bold]{escape(second)}[/]: {told}", highlight=False, soft_wrap=True)

@@ -97,6 +97,12 @@ def estimate_stages(
     )
 
 
+def save_bytes(size: ModelSize, *, world_size: int, optim: Optim = ADAMW) -> int:
+    """Return the bytes of the host's memory in which a rank holds its share of a save that is written in the
+    background: fp32 weights and the optimizer's state of what is trained, divided by the ranks."""
+    return (FP32 * size.trainable + _state(size, optim)) // world_size
+
+
 def _stage(size: ModelSize, first: int, last: int) -> ModelSize:
     """Return the size of some pieces. Where part of a model is frozen, what is trained is taken to lie in its layers,
     as adapters do."""

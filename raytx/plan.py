@@ -17,7 +17,7 @@ from raytx.components import Component, ModelSize, StrategyConfig
 from raytx.errors import PluginError, RaytxError, RecipeError, ResourceError, did_you_mean
 from raytx.files import digest
 from raytx.layout import Layout
-from raytx.memory import Memory, estimate, estimate_stages
+from raytx.memory import Memory, estimate, estimate_stages, save_bytes
 from raytx.recipe import Recipe, parse
 from raytx.registry import registry
 
@@ -52,6 +52,8 @@ class Plan:
     num_samples: int | None = None
     prepared: str | None = None
     """Directory of the prepared data, on the driver's node; see data_dir."""
+    content: str | None = None
+    """Name of what the prepared data holds, whichever version prepared it and wherever it is."""
     version: str = __version__
 
     @property
@@ -107,12 +109,13 @@ class Plan:
             return False
         return than is None or (value < than if self.metric_mode == "min" else value > than)
 
-    def with_data(self, *, directory: Path, num_samples: int) -> Plan:
+    def with_data(self, *, directory: Path, num_samples: int, content: str | None = None) -> Plan:
         """Return the plan with what the prepared data settles: steps an epoch and steps in all."""
         per_epoch = math.ceil(num_samples / self.recipe.train.global_batch_size)
         steps = self.recipe.train.steps or max(1, round((self.recipe.train.epochs or 1.0) * per_epoch))
         _check_schedule(self.recipe, steps)
-        return replace(self, steps=steps, steps_per_epoch=per_epoch, num_samples=num_samples, prepared=str(directory))
+        settled = replace(self, steps=steps, steps_per_epoch=per_epoch, num_samples=num_samples)
+        return replace(settled, prepared=str(directory), content=content)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data from which `from_dict` makes an equal plan."""
@@ -134,6 +137,7 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "num_samples": self.num_samples,
             "prepared": self.prepared,
+            "content": self.content,
         }
 
     @classmethod
@@ -256,7 +260,8 @@ def _spread(recipe: Recipe, size: ModelSize, num_workers: int) -> dict[str, Any]
         raise RecipeError(f"strategy.type={recipe.strategy.type}: {misfit}")
     stages = recipe.strategy.stages(layout, size)
     memory = _memory(recipe, layout, size, stages, accumulation)
-    _check_memory(recipe, max(memory, key=lambda stage: stage.total))
+    held = save_bytes(size, world_size=num_workers, optim=recipe.optim) if recipe.save.background else 0
+    _check_memory(recipe, max(stage.total for stage in memory), held=held)
     return {"layout": layout, "gradient_accumulation_steps": accumulation, "stages": stages, "memory": memory}
 
 
@@ -324,12 +329,15 @@ def _resources(recipe: Recipe) -> dict[str, float]:
     return resources
 
 
-def _check_memory(recipe: Recipe, memory: Memory) -> None:
+def _check_memory(recipe: Recipe, needed: int, *, held: int) -> None:
+    """Raise ResourceError where a rank's bytes, and those that it holds for a save, are more than it is to have."""
     limit = (recipe.scaling.resources_per_worker or {}).get("memory")
-    if limit and not recipe.scaling.use_gpu and memory.total > limit:
+    host = held + (0 if recipe.scaling.use_gpu else needed)
+    if limit and host > limit:
+        saving = f", {held:,} of them while a save is written (none with save.background=false)" if held else ""
         raise ResourceError(
-            f"one rank needs about {memory.total:,} bytes, scaling.resources_per_worker.memory is {limit:,.0f}. "
-            "Use more workers with a strategy that shards, a smaller train.micro_batch_size, or "
+            f"one rank needs about {host:,} bytes of memory{saving}, scaling.resources_per_worker.memory is "
+            f"{limit:,.0f}. Use more workers with a strategy that shards, a smaller train.micro_batch_size, or "
             "train.activation_checkpointing=true"
         )
 

@@ -26,7 +26,7 @@ from raytx.files import digest, disagreements, inventory, read_json, write_json
 from raytx.plan import CACHE, Plan
 from raytx.registry import registry
 from raytx.storage import Store
-from raytx.tasks.base import Features, Row, Task
+from raytx.tasks.base import TASK_FILE, Features, Row, Task
 
 META = "prepared.json"
 MANIFEST = "manifest.json"
@@ -103,7 +103,15 @@ def prepare(plan: Plan, console: Console) -> tuple[Plan, Prepared]:
             store.put_directory(directory, f"{CACHE}/{key}", last=META)
     prepared = Prepared(directory=directory, **read_json(directory / META))
     _check_held_out(plan, prepared.num_samples["test"])
-    return plan.with_data(directory=directory, num_samples=prepared.num_samples["train"]), prepared
+    num_samples = prepared.num_samples["train"]
+    return plan.with_data(directory=directory, num_samples=num_samples, content=_content(directory)), prepared
+
+
+def _content(directory: Path) -> str:
+    """Return a name for what is learned from: samples, labels and tokenizer, not who prepared them."""
+    files = read_json(directory / MANIFEST)["files"]
+    learned = ("train.arrow", "test.arrow", f"processor/{TASK_FILE}", "processor/tokenizer.json")
+    return digest({name: files[name]["sha256"] for name in learned if name in files})
 
 
 def bring(plan: Plan) -> None:

@@ -119,13 +119,19 @@ def check_same_data(plan: Plan) -> None:
     earlier = _earlier(plan)
     if earlier is None or earlier["prepared"] is None:
         return
-    assert plan.prepared is not None
-    if (old := Path(earlier["prepared"]).name) != (new := Path(plan.prepared).name):
+    if (old := earlier.get("content")) != plan.content:
         raise DataError(
             f"run {plan.recipe.name!r} in {plan.run_dir} has learned from other data, so it cannot go on: prepared "
-            f"data {old} with {earlier['num_samples']} samples in the run, {new} with {plan.num_samples} now. Put the "
-            "files back as they were, or give the new run another name (name=...)"
+            f"data {old} with {earlier['num_samples']} samples in the run, {plan.content} with {plan.num_samples} now. "
+            f"Put the files back as they were{_versions(earlier, plan)}, or give the new run another name (name=...)"
         )
+
+
+def _versions(earlier: Mapping[str, Any], plan: Plan) -> str:
+    """Name what prepares data otherwise than it did, where versions have changed since."""
+    old, new = ({"raytx": one["version"], **one["plugins"]} for one in (earlier, plan.to_dict()))
+    changed = [f"{name} {old[name]} is {new.get(name, 'gone')}" for name in old if old[name] != new.get(name)]
+    return f" (and the software, which may prepare them otherwise: {', '.join(changed)} now)" if changed else ""
 
 
 def _earlier(plan: Plan) -> dict[str, Any] | None:

@@ -451,6 +451,7 @@ def compare(first: Path, second: Path) -> Record:
         "runs": [first.name, second.name],
         "recipe": _differences(*recipes),
         "another_run": list(differences(identity(plans[0]["recipe"]), identity(plans[1]["recipe"]))),
+        "other_data": plans[0].get("content") != plans[1].get("content"),
         "data": _differences(*(_data(plan) for plan in plans)),
         "plugins": _differences(*(plan["plugins"] for plan in plans)),
         "software": _differences(*({k: v for k, v in one.items() if k != "command"} for one in software)),
@@ -471,8 +472,7 @@ def _without_plan(run_dir: Path) -> Record:
 
 
 def _data(plan: Record) -> Record:
-    prepared = Path(plan["prepared"]).name if plan["prepared"] else None
-    return {"prepared data": prepared, "training samples": plan["num_samples"], "steps": plan["steps"]}
+    return {"prepared data": plan.get("content"), "training samples": plan["num_samples"], "steps": plan["steps"]}
 
 
 def _results(run_dir: Path) -> Record:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raytx.memory import save_bytes
 from raytx.plan import Plan, strategy_settings
 
 MAX_RANKS_SHOWN = 64
@@ -154,6 +155,9 @@ def _memory(plan: Plan) -> Table:
     for name in plan.memory[0].to_dict():
         amounts = [f"{memory.to_dict()[name]:,}" for memory in plan.memory]
         table.add_row("activations (estimate)" if name == "activations" else name, *amounts)
+    if plan.recipe.save.background:
+        held = save_bytes(plan.size, world_size=plan.world_size, optim=plan.recipe.optim)
+        table.add_row("on the host, during a save", *[f"{held:,}"] * len(plan.memory))
     return table
 
 

@@ -97,6 +97,12 @@ def test_keys_that_make_another_run_are_marked(make_run: MakeRun) -> None:
         ["optim.lr", "*"], ["save.every", "-"],
     ]  # fmt: skip
     same = shown(lambda console: show_comparison(compare(first, first), console), 100)
+    plan = json.loads((first / "plan.json").read_text())
+    third = make_run("c")
+    (third / "plan.json").write_text(json.dumps(plan | {"content": "of other files"}))
+    others = shown(lambda console: show_comparison(compare(first, third), console), 100)
+    assert "two different runs" in others
+    assert "prepared data *" in others
     assert "each could go on as the other" in same
 
 

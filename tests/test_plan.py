@@ -192,9 +192,21 @@ def test_workers_reserve_a_cpu_or_what_the_recipe_says() -> None:
 
 def test_a_rank_that_needs_more_memory_than_it_may_have_is_refused() -> None:
     need = plan().memory[0].total
+    plan(save__background=False, scaling__resources_per_worker={"CPU": 1, "memory": need})
+    with pytest.raises(ResourceError, match=f"{need:,} bytes of memory, scaling"):
+        plan(save__background=False, scaling__resources_per_worker={"CPU": 1, "memory": need - 1})
+
+
+def test_what_a_rank_holds_for_a_save_in_the_background_counts_on_gpu_workers_too() -> None:
+    made = plan()
+    held = 12 * made.size.trainable // made.world_size
+    need = made.memory[0].total + held
     plan(scaling__resources_per_worker={"CPU": 1, "memory": need})
-    with pytest.raises(ResourceError, match=f"{need:,} bytes"):
+    with pytest.raises(ResourceError, match=rf"{held:,} of them while a save is written \(none with save.background"):
         plan(scaling__resources_per_worker={"CPU": 1, "memory": need - 1})
+    plan(scaling__use_gpu=True, scaling__resources_per_worker={"GPU": 1, "memory": held})
+    with pytest.raises(ResourceError, match=f"about {held:,} bytes"):
+        plan(scaling__use_gpu=True, scaling__resources_per_worker={"GPU": 1, "memory": held - 1})
 
 
 # ---- elastic
@@ -243,7 +255,8 @@ def test_sizes_that_will_not_do_have_their_reasons() -> None:
 
 def test_sizes_on_which_a_rank_would_need_too_much_memory_are_left_out() -> None:
     need = plan(scaling__num_workers=4, strategy={"type": "halves"}).memory[0].total
-    made = elastic(1, 4, strategy={"type": "halves"}, scaling__resources_per_worker={"CPU": 1, "memory": need})
+    room = {"save__background": False, "scaling__resources_per_worker": {"CPU": 1, "memory": need}}
+    made = elastic(1, 4, strategy={"type": "halves"}, **room)
     assert made.sizes == (4,)
     assert "bytes" in made.unusable()[2]
 

@@ -161,10 +161,10 @@ class TorchEngine:
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Part, np.ndarray | None]]:
-        """Ranks take turns at writing, so that each holds and writes its share."""
+        """Ranks take turns at writing, so that each holds and writes its share; buffers are rank 0's, as DDP's are."""
         for place, (name, part, tensor) in enumerate(self._kept()):
-            value = whole(tensor)
-            yield name, part, value.cpu().numpy() if place % self._ranks == self._rank else None
+            value, writer = whole(tensor), 0 if name in self._buffers else place % self._ranks
+            yield name, part, value.cpu().numpy() if writer == self._rank else None
 
     @torch.no_grad()
     def load_tensors(self, read: Callable[[str, Part], np.ndarray], *, step: int) -> None:

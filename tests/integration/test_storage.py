@@ -85,7 +85,29 @@ def test_a_run_whose_data_changed_is_refused(recipe, corpus, tmp_path):
         run_directory.record(plan)
     (data / "another.txt").write_text("a new document of some words\n" * 20)
     later, _ = prepare(resolve(recipe("changed", **values)), Console(quiet=True))
-    with run_directory.own(later), pytest.raises(DataError, match="has learned from other data"):
+    with run_directory.own(later), pytest.raises(DataError, match="has learned from other data") as error:
+        run_directory.record(later)
+    assert "software" not in str(error.value)
+    newer = replace(later, version="9.9")
+    with run_directory.own(newer), pytest.raises(DataError, match=r"and the software, .*raytx .* is 9.9 now"):
+        run_directory.record(newer)
+
+
+def test_a_run_whose_data_is_prepared_anew_by_another_version_to_the_same_samples_goes_on(
+    recipe, tmp_path, monkeypatch
+):
+    from raytx import prepare as preparing
+    from raytx import run as run_directory
+
+    run = recipe("upgraded", train__steps=4, storage_path=str(tmp_path / "runs"))
+    plan, _ = prepare(resolve(run), Console(quiet=True))
+    with run_directory.own(plan):
+        run_directory.record(plan)
+        worker.train(plan, session([]))
+    monkeypatch.setattr(preparing, "__version__", "9.9")
+    later, _ = prepare(resolve(run), Console(quiet=True))
+    assert later.prepared != plan.prepared
+    with run_directory.own(later):
         run_directory.record(later)
 
 
