@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,31 @@ def test_a_slow_upload_slows_no_step_but_the_next_save_waits_for_it(recipe, trai
     assert first["stall_s"] < 1.0
     between = [row["seconds"] for row in told(log, "step") if 6 < row["step"] <= 12]
     assert sum(between) < 2.0
+
+
+def test_a_save_that_dies_while_it_replaces_one_of_its_step_leaves_that_one_whole(recipe, uri, cache, monkeypatch):
+    """A step is saved twice where an order breaks into its evaluation; the second time it has metrics."""
+    values = {"train__steps": 6, "save__every": None, "evaluate__every": 6, "storage_path": uri}
+    plan = prepared(recipe("twice", **values))
+    log: list[dict] = []
+    session = worker.Session(rank=0, log=log.append, flush=lambda: None, report=lambda metrics: None)
+
+    def order():
+        return worker.Order(1, "save") if any(row.get("step") == 6 for row in log) else worker.Order()
+
+    def dying(name):
+        if name.endswith("manifest.json") and any(row["kind"] == "checkpoint" for row in log):
+            raise storage.StoreError("gone")
+
+    monkeypatch.setattr(Store, "put", _faulty(dying))
+    with pytest.raises(TrainingError, match="could not save"):
+        worker.train(plan, replace(session, order=order))
+    assert [row["step"] for row in told(log, "checkpoint")] == [6]
+    monkeypatch.undo()
+    monkeypatch.setenv("RAYTX_CACHE", str(cache))
+    shutil.rmtree(cache)
+    assert mirror.of(plan).newest().step == 6
+    assert len(mirror.of(plan).committed()) == 1
 
 
 @pytest.mark.parametrize("harm", ["flipped", "gone", "manifest"])

@@ -164,3 +164,18 @@ def test_an_order_to_save_in_the_midst_of_an_evaluation_does_not_wait_for_its_en
     kinds = [(row["kind"], row["step"]) for row in log if row["kind"] in {"eval", "checkpoint"}]
     assert kinds == [("checkpoint", 3), ("eval", 3), ("eval", 6), ("checkpoint", 6)]
     assert final.step == 6
+
+
+def test_an_order_that_was_obeyed_is_not_obeyed_again_in_the_next_evaluation(recipe, tmp_path):
+    values = {"train__steps": 6, "save__every": None, "save__background": False, "evaluate__every": 6}
+    run = recipe("obeyed", storage_path=str(tmp_path), **values)
+    plan, _ = prepare(resolve(run), Console(quiet=True))
+    log: list[dict] = []
+
+    def order():
+        return worker.Order(1, "save") if any(row.get("step") == 2 for row in log) else worker.Order()
+
+    worker.train(plan, replace(session(log), order=order))
+    kinds = [(row["kind"], row["step"]) for row in log if row["kind"] in {"eval", "checkpoint"}]
+    assert len(kinds) == 3, "one save that was ordered, and one at the end"
+    assert kinds[1:] == [("eval", 6), ("checkpoint", 6)]
