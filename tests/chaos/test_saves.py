@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -64,9 +65,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(plan, weights(plan))
 
 
-def trained(plan: Plan) -> Log:
+def trained(plan: Plan, *, order_at: int | None = None) -> Log:
+    """Train; where `order_at` is given, an order to save comes when that step is done."""
     log: Log = []
-    worker.train(plan, worker.Session(rank=0, log=log.append, flush=lambda: None, report=lambda metrics: None))
+
+    def order() -> worker.Order:
+        done = any(row["kind"] == "step" and row["step"] == order_at for row in log)
+        return worker.Order(1, "save") if done else worker.Order()
+
+    worker.train(plan, worker.Session(0, log.append, flush=lambda: None, report=lambda metrics: None, order=order))
     return log
 
 
@@ -90,18 +97,20 @@ def names(plan: Plan) -> list[str]:
 
 
 def broken_into(
-    run: Run, storage: Path, at: int | None, bug: Callable[[], Any], power_fails: bool, **save: Any
+    run: Run, storage: Path, at: int | None, bug: Callable[[], Any], power_fails: bool, twice: bool, **save: Any
 ) -> tuple[bool, int, str]:
     """Go on from step 2 of a run that keeps one checkpoint, and die at an operation of its saves.
 
+    With `twice` an order breaks into the evaluation of step 4, which is saved without its metrics and again with them.
     Returns whether it died, how many operations there were, and what is wrong with what it left; "" where nothing is.
     """
     plan = run.elsewhere(storage, keep=(2,), num_to_keep=1, **save)
-    limit = {} if LONG else {"train.steps": 4}
+    limit = ({} if LONG else {"train.steps": 4}) | ({"evaluate.every": 4} if twice else {})
 
     def go() -> None:
         bug()
-        trained(replace(plan, recipe=plan.recipe.override(limit), steps=limit.get("train.steps", STEPS)))
+        limited = replace(plan, recipe=plan.recipe.override(limit), steps=limit.get("train.steps", STEPS))
+        trained(limited, order_at=4 if twice else None)
 
     died, done = dying(storage, at=at, do=go, power_fails=power_fails)
     return died, done, wrong_with(plan) or not_going_on(run, plan)
@@ -129,16 +138,17 @@ def sweep(
     *,
     modes: Modes,
     last_first: bool = False,
+    twice: bool = False,
     **save: Any,
 ) -> str:
     """Die at every operation, in one mode after the other; return the first thing that is wrong, or ""."""
-    died, done, wrong = broken_into(run, storage / "untouched", None, bug, False, **save)
+    died, done, wrong = broken_into(run, storage / "untouched", None, bug, False, twice, **save)
     assert not died
     assert done > 30, "a save has more operations than this: they are not seen"
     moments = range(1, done + 1)
     for at in reversed(moments) if last_first else moments:
         power_fails = modes[at % len(modes)]
-        _, _, wrong = broken_into(run, storage / str(at), at, bug, power_fails, **save)
+        _, _, wrong = broken_into(run, storage / str(at), at, bug, power_fails, twice, **save)
         shutil.rmtree(storage / str(at))
         if wrong:
             return f"died at operation {at} of {done}{' and power failed' * power_fails}: {wrong}"
@@ -151,6 +161,12 @@ def test_a_run_that_dies_at_any_operation_of_a_save_goes_on_to_the_same_bits(
     run: Run, tmp_path: Path, modes: Modes, background: bool
 ) -> None:
     assert sweep(run, tmp_path, modes=modes, background=background) == ""
+
+
+def test_a_run_that_dies_while_it_replaces_a_checkpoint_of_the_same_step_goes_on_to_the_same_bits(
+    run: Run, tmp_path: Path
+) -> None:
+    assert sweep(run, tmp_path, modes=(True, False), twice=True) == ""
 
 
 def skip_the_fsync_of_files() -> None:
@@ -184,14 +200,21 @@ def remove_in_place() -> None:
     checkpoint._remove = lambda directory: shutil.rmtree(directory)  # type: ignore[assignment]
 
 
-NEEDS_NO_POWER_FAILURE = [rename_before_the_manifest, retain_before_the_commit, remove_in_place]
-NEEDS_ONE = [skip_the_fsync_of_files, skip_the_fsync_of_directories]
+NO_MANIFEST = r"step-0000000[24]: manifest\.json: missing"
+FOUND_AS = {
+    rename_before_the_manifest: NO_MANIFEST,
+    retain_before_the_commit: "no checkpoint is left",
+    remove_in_place: NO_MANIFEST,
+    skip_the_fsync_of_files: r"step-00000004: .*(cannot be read|SHA-256 differs|bytes, the manifest says)",
+    skip_the_fsync_of_directories: NO_MANIFEST,
+}
+NEED_A_POWER_FAILURE = {skip_the_fsync_of_files, skip_the_fsync_of_directories}
 
 
-@pytest.mark.parametrize("bug", [*NEEDS_NO_POWER_FAILURE, *NEEDS_ONE], ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize("bug", FOUND_AS, ids=lambda bug: bug.__name__)
 def test_dying_at_every_operation_finds_a_planted_bug(run: Run, tmp_path: Path, bug: Callable[[], None]) -> None:
-    wrong = sweep(run, tmp_path, bug, modes=(bug in NEEDS_ONE,), last_first=True)
-    assert "no checkpoint is left" in wrong or "step-" in wrong
+    wrong = sweep(run, tmp_path, bug, modes=(bug in NEED_A_POWER_FAILURE,), last_first=True)
+    assert re.search(rf"died at operation \d+ of \d+( and power failed)?: {FOUND_AS[bug]}", wrong)
 
 
 # ----------------------------------------------------------------------------------------------- damaged bytes
