@@ -208,7 +208,7 @@ class TellFailures(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = first_cause(worker_exceptions)
-        self._supervisor.lost.remote(f"the worker of rank {rank} failed ({_gist(error)})")
+        self._supervisor.lost.remote(f"the worker of rank {rank} failed ({_gist(error)})", rank=rank)
 
 
 def first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:

@@ -69,8 +69,8 @@ class Attempt:
     """How many of them keepers are to pass on to Ray Train while the attempt goes on."""
     leaving: bool = False
     """Whether its workers are about to be replaced by another number of them: nobody need answer any more."""
-    stalled: str = ""
-    """Why it was ended for a stall."""
+    stalled: tuple[int, End] | None = None
+    """Who was missing, where it was ended for a stall, and in which words."""
 
     @property
     def step(self) -> int:
@@ -103,8 +103,8 @@ class Supervision:
         self.told_to_end = False
         """Whether the run is to end: what follows then is no failure of its own."""
         self.attempt: Attempt | None = None
-        self._loss = End("failed")
-        """How workers were lost last."""
+        self._loss = Verdict(again=False)
+        """What follows from how workers were lost last, where no restart is left."""
         self._errors_at: tuple[int, int] = (-1, 0)
         """The step at which the last error came, and how many came there in a row."""
 
@@ -140,9 +140,7 @@ class Supervision:
         attempt = self.attempt
         if all(end.kind == "done" for end in attempt.ends.values()):
             return Verdict(again=False, end=attempt.ends[0])
-        rank, end = cause(attempt.ends)
-        if attempt.stalled:
-            end = End("killed", attempt.stalled)
+        rank, end = attempt.stalled or cause(attempt.ends)
         if end.kind == "stopped":
             return Verdict(again=False, end=end, rank=rank)
         if self.told_to_end:
@@ -154,10 +152,10 @@ class Supervision:
         self._tell(f"{'stalled' if attempt.stalled else gist(rank, end)}; {then}")
         return Verdict(again=again, end=end, rank=rank)
 
-    def lost(self, text: str) -> None:
-        """Count workers that Ray Train lost; it replaces them itself."""
+    def lost(self, text: str, *, rank: int) -> None:
+        """Count workers that Ray Train lost, the given rank's first; it replaces them itself."""
         self.failures += 1
-        self._loss = End("failed", text, details=text)
+        self._loss = Verdict(again=False, end=End("failed", text, details=text), rank=rank)
         then = (
             f"replacing the workers ({self._left()})" if self.failures <= self._max_failures else "no restart is left"
         )
@@ -165,8 +163,8 @@ class Supervision:
         if self.attempt is not None:
             self.attempt.over = True
 
-    def exhausted(self) -> End | None:
-        """Return the run's end, when more workers were lost than may be; asked when others in their place begin."""
+    def exhausted(self) -> Verdict | None:
+        """Return how the run ends, when more workers were lost than may be; asked when others in their place begin."""
         return self._loss if self.failures > self._max_failures else None
 
     def overdue(self) -> list[int]:
@@ -219,14 +217,15 @@ class Supervision:
 
     # ---- stalls
 
-    def judge(self) -> str | None:
-        """Return who has stalled, in words, when nobody has made progress for longer than the limit."""
+    def judge(self) -> tuple[int, End] | None:
+        """Return who is missing, and in which words, when nobody has made progress for longer than the limit."""
         attempt, now = self.attempt, self._clock()
         if attempt is None or attempt.over or attempt.leaving or self._stall_s is None:
             return None
         if silent := self.silent():
-            return (
-                f"the worker of rank {silent[0]} has not been heard of for {now - attempt.pulses[silent[0]][0]:.0f} s"
+            rank = silent[0]
+            return rank, _stall(
+                f"the worker of rank {rank} has not been heard of for {now - attempt.pulses[rank][0]:.0f} s"
             )
         running = {rank: seen for rank, seen in attempt.pulses.items() if rank not in attempt.ends}
         idle = min((now - came + pulse.age_s for came, pulse in running.values()), default=0.0)
@@ -236,7 +235,7 @@ class Supervision:
         rank = missing({rank: pulse for rank, (_, pulse) in running.items()})
         pulse = running[rank][1]
         why = "its process is stopped" if pulse.stopped else "it is the furthest behind"
-        return (
+        return rank, _stall(
             f"rank {rank} is missing: nobody has made progress for {idle:.0f} s (limit {limit:.0f} s), and {why}, in "
             f"{pulse.phase} after step {pulse.step}"
         )
@@ -265,6 +264,10 @@ class Supervision:
         if slow and all(self._clock() - since < usual for since in self.attempt.stopped.values()):
             return usual * SLOW_LIMITS
         return usual
+
+
+def _stall(text: str) -> End:
+    return End("killed", text, details=text)  # a text that names its rank
 
 
 def missing(pulses: Mapping[int, Pulse]) -> int:

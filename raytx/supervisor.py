@@ -53,6 +53,8 @@ class Supervisor:
         self._saved = 0
         self._last_calls: dict[str, float] = {}
         self._stacks: dict[int, str] | None = None
+        self._last_stacks: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()
         self._verdict: Verdict | None = None
         self._changed = asyncio.Condition()
         self._watch: asyncio.Task[None] | None = None
@@ -107,9 +109,9 @@ class Supervisor:
     async def told_to_end(self) -> bool:
         return self._state.told_to_end
 
-    async def lost(self, text: str) -> None:
-        """Take note that Ray Train lost workers, in words."""
-        self._state.lost(text)
+    async def lost(self, text: str, *, rank: int) -> None:
+        """Take note that Ray Train lost workers, the given rank's first, in words."""
+        self._state.lost(text, rank=rank)
 
     async def warm(self, node_id: str) -> None:
         """Have a node import what ranks will need, before they are asked for."""
@@ -126,7 +128,7 @@ class Supervisor:
         """Wait until all ranks of a group have come; return the attempt that they begin together."""
         self._watch = self._watch or asyncio.create_task(self._watched())
         if (lost := self._state.exhausted()) is not None:
-            return {"attempt": 0, "verdict": {"again": False, "end": asdict(lost), "rank": 0}}
+            return {"attempt": 0, "verdict": asdict(lost)}
         if self._state.told_to_end or group < self._group:  # the latter was cut off, and others are in its place
             return {"attempt": 0, "ordered": self._state.told_to_end}
         if group > self._group:
@@ -242,7 +244,7 @@ class Supervisor:
 
     async def _look(self) -> None:
         if (stall := self._state.judge()) is not None:
-            await self._end_stalled(stall)
+            await self._end_stalled(*stall)
         self._end_keepers(self._state.overdue())
         await self._look_for_drains()
 
@@ -266,18 +268,26 @@ class Supervisor:
                 self._last_calls[node] = math.inf
                 await self.order("save")
 
-    async def _end_stalled(self, stall: str) -> None:
+    async def _end_stalled(self, rank: int, stall: End) -> None:
         """Collect every rank's stacks, tell them, and let keepers end what is left."""
         attempt = self._state.attempt
         assert attempt is not None
-        self._stacks = {}
+        stacks = await self._collected(attempt)
+        if not attempt.over:  # otherwise what ended it meanwhile is the cause that is told
+            attempt.stalled, attempt.over = (rank, stall), True
+            self._tell_stacks(stall.text, stacks)
+        if attempt is self._state.attempt:
+            self._end_keepers(self._state.silent())
+
+    async def _collected(self, attempt: Attempt) -> Mapping[int, str]:
+        """Ask for every rank's stacks; return those that come in time, or before the attempt is over."""
+        stacks: dict[int, str] = {}
+        self._stacks = stacks  # another attempt will have others
         answering = attempt.world_size - len(attempt.ends) - len(self._state.silent())
         deadline = time.monotonic() + STACKS_S
-        while len(self._stacks) < answering and time.monotonic() < deadline:
+        while len(stacks) < answering and not attempt.over and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
-        self._tell_stacks(stall, self._stacks)
-        attempt.stalled, attempt.over = stall, True
-        self._end_keepers(self._state.silent())
+        return stacks
 
     def _end_keepers(self, ranks: Sequence[int]) -> None:
         """End keepers that do not answer; Ray Train replaces the group."""
@@ -287,17 +297,30 @@ class Supervisor:
             ray.kill(places[rank]["keeper"])
 
     def _tell_stacks(self, stall: str, stacks: Mapping[int, str]) -> None:
-        path = Path(self._settings["run_dir"]) / "stalls" / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        full = "\n".join(f"rank {rank}\n{text}\n" for rank, text in sorted(stacks.items()))
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(exist_ok=True)
-            write_text(path, f"{stall}\n\n{full}")
-        self._remark(f"{stall}. Every rank's stack, in full in {path}:")
+        self._remark(f"{stall}. Every rank's stack:")
         for rank, text in sorted(stacks.items()):
             self._remark(f"rank {rank}: {innermost(text)}")
+        full = "\n".join(f"rank {rank}\n{text}\n" for rank, text in sorted(stacks.items()))
+        self._last_stacks = asyncio.create_task(self._keep_stacks(f"{stall}\n\n{full}"))
+
+    async def _keep_stacks(self, text: str) -> None:
+        """Write stacks into the run's directory: on a thread, as its disk may be what hangs, and on one at a time."""
+        path = Path(self._settings["run_dir"]) / "stalls" / f"{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        async with self._writing:
+            try:
+                await asyncio.to_thread(_write, path, text)
+            except OSError as error:
+                self._remark(f"the stacks cannot be written: {error}")
+            else:
+                self._remark(f"the stacks in full are in {path}")
 
     def _remark(self, text: str) -> None:
         self._records.append({"kind": "remark", "text": text})
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, text)
 
 
 def _in(at: float) -> str:

@@ -107,7 +107,7 @@ def test_kills_at_one_step_are_no_errors_of_the_run():
 
 def test_workers_that_ray_lost_count_as_failures():
     run = Run(max_failures=1)
-    run.state.lost("the worker of rank 0 failed (its process died)")
+    run.state.lost("the worker of rank 0 failed (its process died)", rank=0)
     assert run.told[-1].endswith("replacing the workers (restart 1 of at most 1)")
     assert run.state.attempt.over
     run.begin()
@@ -122,18 +122,18 @@ def test_ranks_that_make_no_progress_for_longer_than_the_limit_have_stalled_and_
     run.beats(replace(BUSY, age_s=29), replace(BUSY, beats=49, phase="forward", age_s=29))
     assert run.state.judge() is None
     run.beats(replace(BUSY, age_s=31), replace(BUSY, beats=49, phase="forward", age_s=31))
-    told = run.state.judge()
-    assert told is not None
-    assert "rank 1 is missing" in told
-    assert "in forward after step 7" in told
-    assert "31 s (limit 30 s)" in told
+    rank, told = run.state.judge()
+    assert rank == 1
+    assert "rank 1 is missing" in told.text
+    assert "in forward after step 7" in told.text
+    assert "31 s (limit 30 s)" in told.text
 
 
 def test_a_stopped_process_is_the_missing_one_however_far_it_got():
     run = Run()
     run.beats(replace(BUSY, age_s=40, stopped=True), replace(BUSY, beats=49, age_s=41))
-    assert "rank 0 is missing" in run.state.judge()
-    assert "its process is stopped" in run.state.judge()
+    assert "rank 0 is missing" in run.state.judge()[1].text
+    assert "its process is stopped" in run.state.judge()[1].text
 
 
 def test_a_group_of_which_one_rank_still_gets_on_has_not_stalled():
@@ -163,7 +163,7 @@ def test_steps_that_are_long_by_themselves_lengthen_the_limit():
     run.beats(slow, slow)
     assert run.state.judge() is None
     run.beats(replace(slow, age_s=101), replace(slow, age_s=101))
-    assert "limit 100 s" in run.state.judge()
+    assert "limit 100 s" in run.state.judge()[1].text
 
 
 def test_a_keeper_that_falls_silent_is_named():
@@ -172,7 +172,9 @@ def test_a_keeper_that_falls_silent_is_named():
     run.clock.now += SILENCE_S + 1
     run.state.beat(0, BUSY)
     assert run.state.silent() == [1]
-    assert "the worker of rank 1 has not been heard of" in run.state.judge()
+    rank, told = run.state.judge()
+    assert rank == 1
+    assert "the worker of rank 1 has not been heard of" in told.text
 
 
 def test_workers_that_ray_replaces_by_another_number_are_not_missed_and_the_next_ones_are():
@@ -197,8 +199,10 @@ def test_null_waits_for_ever():
 
 def test_a_stalled_attempt_is_begun_anew():
     run = Run()
-    run.state.attempt.stalled = "rank 1 is missing"
-    assert run.ends(End("ended"), End("ended")).again
+    run.state.attempt.stalled = (1, End("killed", "rank 1 is missing"))
+    verdict = run.ends(End("ended"), End("ended"))
+    assert verdict.again
+    assert (verdict.rank, verdict.end.text) == (1, "rank 1 is missing")
     assert run.told == ["stalled; starting anew from the last checkpoint (restart 1 of at most 3)"]
 
 
@@ -210,7 +214,7 @@ def test_a_process_that_stays_stopped_in_a_long_phase_is_not_waited_for_as_if_it
     for age_s in (45.0, 62.0):
         run.clock.now += 15.5
         run.beats(replace(stuck, age_s=age_s, stopped=False), replace(stuck, age_s=age_s))
-    assert "rank 1 is missing" in run.state.judge()
+    assert "rank 1 is missing" in run.state.judge()[1].text
 
 
 def test_a_process_that_a_debugger_stops_now_and_then_may_be_slow():
@@ -231,7 +235,7 @@ def test_the_first_batch_of_an_evaluation_may_be_long_and_the_others_as_long_as_
     run.beats(later, later)
     assert run.state.judge() is None
     run.beats(replace(later, age_s=101.0), replace(later, age_s=101.0))
-    assert "limit 100 s" in run.state.judge()
+    assert "limit 100 s" in run.state.judge()[1].text
 
 
 def test_what_ends_after_a_run_was_told_to_end_is_no_failure():
@@ -249,10 +253,11 @@ def test_what_ends_after_a_run_was_told_to_end_is_no_failure():
 
 def test_workers_lost_beyond_max_failures_are_the_end_of_the_run():
     run = Run(max_failures=1)
-    run.state.lost("the worker of rank 0 failed (its process died)")
+    run.state.lost("the worker of rank 0 failed (its process died)", rank=0)
     assert run.state.exhausted() is None
-    run.state.lost("the worker of rank 1 failed (its process died)")
-    assert run.state.exhausted().text == "the worker of rank 1 failed (its process died)"
+    run.state.lost("the worker of rank 1 failed (its process died)", rank=1)
+    end = run.state.exhausted()
+    assert (end.again, end.rank, end.end.text) == (False, 1, "the worker of rank 1 failed (its process died)")
 
 
 def test_keepers_that_do_not_end_their_ranks_are_named_once_after_a_minute():

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from raytx import launch
+from raytx import supervisor as module
+from raytx.errors import RaytxError
+from raytx.pulse import Pulse
+from raytx.supervision import End
 from raytx.supervisor import Supervisor
 
 PLACE = {"address": "127.0.0.1", "node_id": "a", "port": 1, "keeper": None}
 TOLD_TO_END = {"attempt": 0, "ordered": True}
 
 
-@pytest.fixture
-def supervisor() -> Any:
+def made(run_dir: Path, **changes: Any) -> Any:
     """What the actor is made of."""
-    settings = {"max_failures": 3, "stall_s": 30.0, "local": False}
+    settings = {"max_failures": 3, "stall_s": 30.0, "local": False, "run_dir": str(run_dir), **changes}
     return Supervisor.__ray_metadata__.modified_class(settings)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Any:
+    return made(tmp_path)
 
 
 def within(work: Coroutine[Any, Any, Any]) -> Any:
@@ -64,3 +77,127 @@ def test_what_ends_a_run_that_was_told_to_end_brings_no_other_attempt(supervisor
 
     assert within(ended()) == (True, TOLD_TO_END)
     assert supervisor._records == []
+
+
+async def begun(supervisor: Any, world_size: int = 2) -> None:
+    """Have the first attempt of a group begin."""
+    await asyncio.gather(*(supervisor.join("1", rank, world_size, PLACE) for rank in range(world_size)))
+
+
+def final_error(verdict: Any) -> str:
+    """Return what a run without a restart says that ends so."""
+    plan: Any = SimpleNamespace(steps=9, recipe=SimpleNamespace(scaling=SimpleNamespace(max_failures=0)))
+    with pytest.raises(RaytxError) as told:
+        launch._judge(verdict, plan, None)
+    return str(told.value)
+
+
+def test_the_final_error_names_the_rank_that_was_missing(tmp_path: Path) -> None:
+    supervisor = made(tmp_path, max_failures=0)
+
+    async def stalled() -> Any:
+        await begun(supervisor)
+        for rank in range(2):
+            await supervisor.beat("1", 1, rank, asdict(Pulse(5, 3, "forward", 40.0 + rank, 0.1)), [], 0)
+        looking = asyncio.create_task(supervisor._look())
+        await asyncio.sleep(0.1)
+        await asyncio.gather(*(supervisor.dumped("1", 1, rank, "") for rank in range(2)))
+        await looking
+        return await asyncio.gather(*(supervisor.ended("1", 1, rank, {"kind": "ended"}, 0) for rank in range(2)))
+
+    error = final_error(within(stalled())[0])
+    assert error.startswith("rank 1 failed")
+    assert "The first cause:\nrank 1 is missing: nobody has made progress" in error
+
+
+def test_the_final_error_names_the_rank_whose_worker_was_lost(tmp_path: Path) -> None:
+    supervisor = made(tmp_path, max_failures=0)
+
+    async def lost() -> Any:
+        await supervisor.lost("the worker of rank 1 failed (its process died)", rank=1)
+        return await supervisor.join("1", 0, 2, PLACE)
+
+    assert final_error(within(lost())["verdict"]).startswith("rank 1 failed")
+
+
+STALL = End("killed", "rank 0 is missing", details="rank 0 is missing")
+
+
+async def remarks(supervisor: Any) -> list[str]:
+    return [record["text"] for record in await supervisor.drain()]
+
+
+async def stalled(supervisor: Any) -> None:
+    """Have an attempt of one rank stall."""
+    looking = asyncio.create_task(supervisor._end_stalled(0, STALL))
+    await asyncio.sleep(0.1)
+    await supervisor.dumped("1", 1, 0, "Thread (most recent call first):\n  File train.py")
+    await looking
+
+
+def test_a_stall_is_told_and_ended_while_the_runs_disk_does_not_answer(
+    supervisor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, answered = threading.Event(), []
+    monkeypatch.setattr(module, "write_text", lambda path, text: answered.append(answers.wait(timeout=2)))
+
+    async def on_a_disk_that_hangs() -> tuple[Any, list[str], list[str]]:
+        await begun(supervisor, 1)
+        await stalled(supervisor)
+        told = await supervisor.beat("1", 1, 0, asdict(Pulse()), [], 0)
+        before = await remarks(supervisor)
+        answers.set()
+        await supervisor._last_stacks
+        return told["over"], before, await remarks(supervisor)
+
+    over, before, after = within(on_a_disk_that_hangs())
+    assert over
+    assert before == ["rank 0 is missing. Every rank's stack:", "rank 0: File train.py"]
+    assert answered == [True], "nobody else could go on before the disk answered"
+    assert "the stacks in full are in" in after[0]
+
+
+def test_stacks_that_cannot_be_written_are_not_said_to_be_there(tmp_path: Path) -> None:
+    supervisor = made(tmp_path / "gone")
+
+    async def without_a_disk() -> list[str]:
+        await begun(supervisor, 1)
+        await stalled(supervisor)
+        await supervisor._last_stacks
+        return await remarks(supervisor)
+
+    *_, last = within(without_a_disk())
+    assert "the stacks cannot be written: [Errno 2] No such file or directory" in last
+
+
+def test_a_rank_that_dies_while_stacks_are_collected_is_the_cause(supervisor: Any) -> None:
+    async def killed_meanwhile() -> tuple[Any, list[str]]:
+        await begun(supervisor)
+        looking = asyncio.create_task(supervisor._end_stalled(0, STALL))
+        await asyncio.sleep(0.1)
+        ends = [("killed", "was ended by SIGKILL"), ("ended", "")]
+        told = [supervisor.ended("1", 1, rank, {"kind": k, "text": t}, 0) for rank, (k, t) in enumerate(ends)]
+        verdict, _ = await asyncio.gather(*told)
+        await asyncio.wait_for(looking, timeout=1)
+        return verdict, await remarks(supervisor)
+
+    verdict, told = within(killed_meanwhile())
+    assert verdict["end"]["text"] == "was ended by SIGKILL"
+    assert told == ["rank 0 was ended by SIGKILL; starting anew from the last checkpoint (restart 1 of at most 3)"]
+
+
+def test_an_attempt_that_begins_while_stacks_are_collected_is_left_alone(supervisor: Any) -> None:
+    async def begun_anew_meanwhile() -> tuple[Any, list[str]]:
+        await begun(supervisor)
+        looking = asyncio.create_task(supervisor._end_stalled(0, STALL))
+        await asyncio.sleep(0.1)
+        await supervisor.lost("the worker of rank 1 failed (its process died)", rank=1)
+        await asyncio.gather(*(supervisor.join("2", rank, 2, PLACE) for rank in range(2)))
+        await asyncio.wait_for(looking, timeout=1)
+        told = await supervisor.beat("2", 2, 0, asdict(Pulse()), [], 0)
+        return told, await remarks(supervisor)
+
+    told, said = within(begun_anew_meanwhile())
+    assert not told["over"]
+    assert not told["dump"]
+    assert said == ["the worker of rank 1 failed (its process died); replacing the workers (restart 1 of at most 3)"]
