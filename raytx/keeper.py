@@ -82,6 +82,7 @@ class Keeper:
             "address": self._address,
             "node_id": self._node_id,
             "port": port,
+            "directory": str(self._directory),
             "keeper": ray.get_runtime_context().current_actor,
         }
 

@@ -80,7 +80,6 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return {
         "plan": plan.to_dict(),
         "run_dir": str(plan.run_dir),
-        "directory": str(plan.run_dir / ".ray"),
         "environment": environment(plan),
         "local": cluster.started_here(),
         "resources": plan.resources_per_worker,

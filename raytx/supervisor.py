@@ -153,7 +153,7 @@ class Supervisor:
     def _meeting_point(self, attempt: Attempt) -> str:
         first = attempt.places[0]
         if self._settings["local"]:
-            return rendezvous.in_file(Path(self._settings["directory"]), f"rendezvous-{uuid.uuid4().hex}")
+            return rendezvous.in_file(Path(first["directory"]), f"rendezvous-{uuid.uuid4().hex}")
         return rendezvous.at(first["address"], first["port"])
 
     def _told(self, group: str, *, after: int) -> dict[str, Any]:

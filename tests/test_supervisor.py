@@ -170,6 +170,13 @@ def test_stacks_that_cannot_be_written_are_not_said_to_be_there(tmp_path: Path) 
     assert "the stacks cannot be written: [Errno 2] No such file or directory" in last
 
 
+def test_ranks_of_one_machine_meet_beside_their_keepers_and_not_in_the_runs_directory(tmp_path: Path) -> None:
+    supervisor = made(tmp_path / "gone", local=True)
+    begun = within(supervisor.join("1", 0, 1, {**PLACE, "directory": str(tmp_path / "rank-0")}))
+    assert begun["meeting_point"].startswith(f"file://{tmp_path}/rank-0/")
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_rank_that_dies_while_stacks_are_collected_is_the_cause(supervisor: Any) -> None:
     async def killed_meanwhile() -> tuple[Any, list[str]]:
         await begun(supervisor)
