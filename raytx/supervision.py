@@ -28,6 +28,7 @@ SAME_STEP = 3
 
 UNHEARD = Pulse()
 """Of a rank whose keeper has not reported yet: it waits for its node's fork server, which may be starting."""
+NOT_ANEW = "the run was told to end, so it is not started anew"
 
 Kind = Literal["done", "stopped", "failed", "killed", "ended"]
 
@@ -145,7 +146,7 @@ class Supervision:
             return Verdict(again=False, end=end, rank=rank)
         if self.told_to_end:
             if end.kind != "ended" or end.text:
-                self._tell(f"{gist(rank, end)}; the run was told to end, so it is not started anew")
+                self._tell(f"{gist(rank, end)}; {NOT_ANEW}")
             return Verdict(again=True, end=end, rank=rank)
         again = self._counts(end, attempt.step)
         then = f"starting anew from the last checkpoint ({self._left()})" if again else self._why_not(end)
@@ -154,14 +155,17 @@ class Supervision:
 
     def lost(self, text: str, *, rank: int) -> None:
         """Count workers that Ray Train lost, the given rank's first; it replaces them itself."""
+        if self.attempt is not None:
+            self.attempt.over = True
+        if self.told_to_end:
+            self._tell(f"{text}; {NOT_ANEW}")
+            return
         self.failures += 1
         self._loss = Verdict(again=False, end=End("failed", text, details=text), rank=rank)
         then = (
             f"replacing the workers ({self._left()})" if self.failures <= self._max_failures else "no restart is left"
         )
         self._tell(f"{text}; {then}")
-        if self.attempt is not None:
-            self.attempt.over = True
 
     def exhausted(self) -> Verdict | None:
         """Return how the run ends, when more workers were lost than may be; asked when others in their place begin."""

@@ -127,10 +127,10 @@ class Supervisor:
     async def join(self, group: str, rank: int, world_size: int, place: Mapping[str, Any]) -> dict[str, Any]:
         """Wait until all ranks of a group have come; return the attempt that they begin together."""
         self._watch = self._watch or asyncio.create_task(self._watched())
-        if (lost := self._state.exhausted()) is not None:
-            return {"attempt": 0, "verdict": asdict(lost)}
         if self._state.told_to_end or group < self._group:  # the latter was cut off, and others are in its place
             return {"attempt": 0, "ordered": self._state.told_to_end}
+        if (lost := self._state.exhausted()) is not None:
+            return {"attempt": 0, "verdict": asdict(lost)}
         if group > self._group:
             self._group, self._waiting = group, {}
         before = self._state.attempt.number if self._state.attempt else 0

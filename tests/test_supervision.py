@@ -260,6 +260,17 @@ def test_workers_lost_beyond_max_failures_are_the_end_of_the_run():
     assert (end.again, end.rank, end.end.text) == (False, 1, "the worker of rank 1 failed (its process died)")
 
 
+def test_workers_lost_after_a_run_was_told_to_end_are_no_failure():
+    run = Run(max_failures=0)
+    run.state.told_to_end = True
+    run.state.lost("the worker of rank 0 failed (its process died)", rank=0)
+    assert run.state.attempt.over
+    assert run.state.exhausted() is None
+    assert run.told == [
+        "the worker of rank 0 failed (its process died); the run was told to end, so it is not started anew"
+    ]
+
+
 def test_keepers_that_do_not_end_their_ranks_are_named_once_after_a_minute():
     run = Run()
     run.state.ended(0, End("killed", "was ended by SIGKILL"))

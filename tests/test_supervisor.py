@@ -208,3 +208,14 @@ def test_an_attempt_that_begins_while_stacks_are_collected_is_left_alone(supervi
     assert not told["over"]
     assert not told["dump"]
     assert said == ["the worker of rank 1 failed (its process died); replacing the workers (restart 1 of at most 3)"]
+
+
+def test_a_run_that_was_told_to_end_ends_so_whatever_was_lost_before(tmp_path: Path) -> None:
+    supervisor = made(tmp_path, max_failures=0)
+
+    async def lost_then_told() -> Any:
+        await supervisor.lost("the worker of rank 0 failed (its process died)", rank=0)
+        await supervisor.order("stop")
+        return await supervisor.join("1", 0, 1, PLACE)
+
+    assert within(lost_then_told()) == TOLD_TO_END
