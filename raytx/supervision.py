@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ SLOW_LIMITS = 20
 SILENCE_S = 10.0
 """A keeper reports several times a second; beyond this its process, or its node, does not work."""
 OVERDUE_S = 60.0
-"""How long keepers may take to end their ranks; it is a matter of a second."""
+"""How long keepers may take to end their ranks, or to come to the next attempt; it is a matter of a second."""
 SAME_STEP = 3
 """Errors in a row without one step between them that end a run: the next attempt would meet the same."""
 
@@ -64,6 +64,8 @@ class Attempt:
     over: bool = False
     over_since: float | None = None
     """When it was first seen to be over and not settled."""
+    awaited_since: float | None = None
+    """When a keeper of it was first seen to wait for the others to begin the next."""
     reports: dict[int, int] = field(default_factory=dict)
     """How many evaluations each rank has reported."""
     granted: int = 0
@@ -182,6 +184,18 @@ class Supervision:
             return []
         attempt.over_since = math.inf
         return [rank for rank in attempt.places if rank not in attempt.ends]
+
+    def absent(self, waiting: Collection[int]) -> list[int]:
+        """Return, once, the ranks that have not come to the next attempt long after others of the group did."""
+        attempt, now = self.attempt, self._clock()
+        if attempt is None or attempt.leaving or not waiting:
+            return []
+        if attempt.awaited_since is None:
+            attempt.awaited_since = now
+        if now - attempt.awaited_since < OVERDUE_S:
+            return []
+        attempt.awaited_since = math.inf
+        return [rank for rank in attempt.places if rank not in waiting]
 
     def reported(self, rank: int, count: int) -> None:
         """Take how many evaluations a rank has reported.

@@ -46,7 +46,8 @@ class Supervisor:
         self._state = Supervision(max_failures=settings["max_failures"], stall_s=settings["stall_s"], tell=self._remark)
         self._records: list[Record] = []
         self._nurseries: dict[str, Any] = {}
-        self._group = ""
+        self._group = self._last_group = ""
+        """The latest group, and the one whose attempt is the last."""
         self._began, self._groups = time.time_ns(), 0
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._order = Order()
@@ -144,7 +145,7 @@ class Supervisor:
 
     def _begin(self, world_size: int) -> None:
         attempt = self._state.begin(world_size, self._waiting)
-        self._waiting, self._stacks, self._verdict = {}, None, None
+        self._last_group, self._waiting, self._stacks, self._verdict = self._group, {}, None, None
         if self._order.kind == "save":
             self._order = replace(self._order, kind="")
         attempt.places[0] = {**attempt.places[0], "meeting_point": self._meeting_point(attempt)}
@@ -246,6 +247,8 @@ class Supervisor:
         if (stall := self._state.judge()) is not None:
             await self._end_stalled(*stall)
         self._end_keepers(self._state.overdue())
+        if self._group == self._last_group:
+            self._end_keepers(self._state.absent(self._waiting))
         await self._look_for_drains()
 
     def _complain(self, text: str) -> None:

@@ -291,6 +291,18 @@ def test_an_attempt_in_which_all_have_ended_is_not_overdue():
     assert run.state.overdue() == []
 
 
+def test_keepers_that_do_not_come_to_the_next_attempt_are_named_once_after_a_minute():
+    run = Run()
+    run.ends(End("killed", "was ended by SIGKILL"), End("ended"))
+    assert run.state.absent([]) == []
+    run.clock.now += 2 * OVERDUE_S
+    assert run.state.absent([0]) == [], "it has not waited for long"
+    run.clock.now += OVERDUE_S + 1
+    assert run.state.overdue() == []
+    assert run.state.absent([0]) == [1]
+    assert run.state.absent([0]) == []
+
+
 def test_a_keeper_that_never_reports_is_silent_after_the_time_that_a_start_may_take():
     run = Run(stall_s=30.0)
     run.state.beat(0, BUSY)

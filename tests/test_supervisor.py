@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raytx import launch
+from raytx import launch, supervision
 from raytx import supervisor as module
 from raytx.errors import RaytxError
 from raytx.pulse import Pulse
@@ -118,6 +118,28 @@ def test_the_final_error_names_the_rank_whose_worker_was_lost(tmp_path: Path) ->
         return await supervisor.join("1", 0, 2, PLACE)
 
     assert final_error(within(lost())["verdict"]).startswith("rank 1 failed")
+
+
+@pytest.mark.parametrize(("group", "given_up"), [("1", ["keeper 1"]), ("2", [])])
+def test_a_keeper_that_stops_between_two_attempts_is_ended_unless_others_are_in_its_place(
+    supervisor: Any, monkeypatch: pytest.MonkeyPatch, group: str, given_up: list[str]
+) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(module.ray, "kill", killed.append)
+    monkeypatch.setattr(supervision, "OVERDUE_S", 0.0)
+    monkeypatch.setattr(module.ray_internals, "draining_nodes", dict)
+
+    async def one_comes_back() -> None:
+        places = [{**PLACE, "keeper": f"keeper {rank}"} for rank in range(2)]
+        await asyncio.gather(*(supervisor.join("1", rank, 2, places[rank]) for rank in range(2)))
+        await asyncio.gather(*(supervisor.ended("1", 1, rank, {"kind": "killed"}, 0) for rank in range(2)))
+        back = asyncio.create_task(supervisor.join(group, 0, 2, places[0]))
+        await asyncio.sleep(0.1)
+        await supervisor._look()
+        back.cancel()
+
+    within(one_comes_back())
+    assert killed == given_up
 
 
 STALL = End("killed", "rank 0 is missing", details="rank 0 is missing")
