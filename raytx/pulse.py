@@ -66,9 +66,13 @@ class Pen:
         place = PHASES.index(phase)
         _LAYOUT.pack_into(self._map, 0, self._beats, self._step, place, now, self._median, self._longest[phase])
 
+    def at(self, step: int) -> None:
+        """Note how many updates are done; readers learn of it with the next phase."""
+        self._step = step
+
     def stepped(self, step: int, seconds: float) -> None:
         """Note that an update is done, and how long it took."""
-        self._step = step
+        self.at(step)
         self._seconds.append(seconds)
         self._median = statistics.median(self._seconds)
 
@@ -86,6 +90,12 @@ def phase(name: str) -> None:
     """Note that this process enters a phase; does nothing where nobody asked for its pulse."""
     if _pen is not None:
         _pen.enter(name)
+
+
+def at(step: int) -> None:
+    """Note that this process goes on from a step."""
+    if _pen is not None:
+        _pen.at(step)
 
 
 def stepped(step: int, seconds: float) -> None:

@@ -78,6 +78,7 @@ def train(plan: Plan, session: Session) -> State:
     loop = _Loop(plan, session, task, engine, batches, prepared.samples("test"), saver)
     pulse.phase("restore")
     state = restore(engine, plan, session)
+    pulse.at(state.step)
     places = engine.gather((session.node, os.getpid()))
     if session.rank == 0:
         nodes, pids = zip(*places, strict=True)

@@ -30,6 +30,14 @@ def test_what_a_process_enters_is_read_from_outside(path):
     assert 0 <= seen.age_s < 5
 
 
+def test_a_process_that_goes_on_from_a_step_is_at_it_before_it_has_done_another(path):
+    pulse.begin(path)
+    pulse.at(200)
+    pulse.phase("data")
+    seen = pulse.read(path)
+    assert (seen.step, seen.step_s) == (200, 0.0)
+
+
 def test_the_usual_step_is_the_median_of_the_last(path):
     pulse.begin(path)
     for step, seconds in enumerate([9.0] + [1.0] * pulse.WINDOW):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from raytx import pulse
 from raytx.checkpoint import Checkpoint
 from raytx.plan import resolve
 
@@ -119,3 +120,13 @@ def test_a_damaged_checkpoint_is_passed_over_by_every_rank_and_named(recipe, run
     remarks = [row["text"] for row in rows if row["kind"] == "remark"]
     (remark,) = [text for text in remarks if "SHA-256" in text]  # a slow disk has remarks of its own
     assert weights.name in remark
+
+
+def test_a_continued_run_says_where_it_is_before_it_has_done_a_step(recipe, train_here, tmp_path, monkeypatch):
+    run = recipe("continued", train__steps=5)
+    train_here(run)
+    monkeypatch.setattr(pulse, "_pen", None)
+    pulse.begin(tmp_path / "pulse")
+    state, rows = train_here(run)
+    assert (state.step, losses(rows)) == (5, {}), "it does no step"
+    assert pulse.read(tmp_path / "pulse").step == 5
