@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from raytx.files import write_text
+from raytx.files import sync, sync_directory, write_text
 
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
@@ -32,12 +35,16 @@ Record = Mapping[str, Any]
 class Journal:
     """Writes records in order, one row a step: an attempt that resumes drops the rows of what it does again.
 
-    It stands beside the checkpoints and is flushed before each, so that it is as whole as they are, whoever is killed.
+    It stands beside the checkpoints and is synchronised before each, so that it is as whole as they are, whoever is
+    killed. Records that the disk does not take are kept and tried again, before later ones.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path, self._ledger = run_dir / METRICS, run_dir / LEDGER
         self._events = _Events(run_dir / "tensorboard")
+        self._left: deque[Record] = deque()
+        self._refusal: OSError | None = None
+        """Why the disk does not take the first that is left."""
 
     def __enter__(self) -> Journal:
         return self
@@ -46,22 +53,48 @@ class Journal:
         self._events.close()
 
     def take(self, records: Iterable[Record]) -> str | None:
-        """Write records; return why they could not be written, or None."""
-        try:
-            for record in records:
-                self._write(record)
-        except (OSError, TypeError, ValueError) as error:  # a full disk, or a plugin's metric that is no number
-            return str(error)
-        return None
+        """Write records; return the first reason why one could not be written, or None."""
+        self._left.extend(records)
+        self._refusal, problem = None, None
+        while self._left:
+            try:
+                self._write(self._left[0])
+            except OSError as error:  # a full disk, say: all that is left waits, as rows are in order
+                self._refusal = error
+                return problem or str(error)
+            except (TypeError, ValueError) as error:  # a plugin's metric that is no number
+                problem = problem or str(error)
+            told = self._events.add(self._left.popleft())
+            problem = problem or told
+        return problem
+
+    def sync(self) -> None:
+        """Wait until the disk has all that was taken. Raises OSError where it has not."""
+        if self._refusal is not None:
+            raise self._refusal
+        for path in (self._path, self._ledger):
+            if path.is_file():
+                sync(path)
+        sync_directory(self._path.parent)
 
     def _write(self, record: Record) -> None:
         if record["kind"] in FRESH:
             for path in (self._path, self._ledger):
                 _cut(path, after=record["step"])
         line = json.dumps({**record, "time": round(time.time(), 3)}) + "\n"
-        with open(self._ledger if record["kind"] == FED else self._path, "a", encoding="utf-8") as file:
-            file.write(line)
-        self._events.add(record)
+        _append(self._ledger if record["kind"] == FED else self._path, line)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line to a file, or nothing: the next one must not follow on half of it. Raises OSError."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(line.encode())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # writing does not say where
 
 
 def _cut(path: Path, *, after: int) -> None:
@@ -171,7 +204,16 @@ class _Events:
         self._directory = directory
         self._writer: Any = None
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record) -> str | None:
+        """Write a record's numbers; return why they could not be written, or None."""
+        try:
+            self._add(record)
+        except Exception as error:
+            self._writer = None  # its thread has ended, and it would raise this for ever
+            return f"TensorBoard: {error}"
+        return None
+
+    def _add(self, record: Record) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -194,4 +236,5 @@ class _Events:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(Exception):
+                self._writer.close()

@@ -6,6 +6,7 @@ It is forked by the fork server, or run as `python -m raytx.rank <channel> <job>
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import json
 import os
@@ -17,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,10 @@ from raytx.worker import Order, Record
 QUEUE_LIMIT = 10_000
 """Records that may wait to be written; more are dropped rather than slow a step down, except for the ledger's."""
 FLUSH_S = 0.2
-FLUSH_LIMIT_S = 10.0
+FLUSH_LIMIT_S = 60.0
+"""How long a checkpoint waits for the journal's disk, before it is not saved."""
+LEAVE_S = 10.0
+"""How long the end waits for it."""
 PARENT_EVERY_S = 1.0
 
 
@@ -159,7 +164,9 @@ class Writer:
 
     def __init__(self, run_dir: Path | None, *, tell: Callable[[Record], None]) -> None:
         self._run_dir, self._tell = run_dir, tell
-        self._waiting: queue.Queue[Record] = queue.Queue(QUEUE_LIMIT)
+        self._waiting: queue.Queue[Record | Future[None]] = queue.Queue(QUEUE_LIMIT)
+        """Records, and who waits until those before are on disk."""
+        self._problem: str | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._carry, name="raytx-log", daemon=True)
 
@@ -171,7 +178,7 @@ class Writer:
     def __exit__(self, *error: object) -> None:
         self._done.set()
         if self._run_dir is not None:
-            self._thread.join(timeout=FLUSH_LIMIT_S)
+            self._thread.join(timeout=LEAVE_S)
 
     def log(self, record: Record) -> None:
         """Take a record, or drop it where too many wait; but a row of the ledger is waited for, as it is a proof."""
@@ -179,27 +186,41 @@ class Writer:
             self._waiting.put(record, block=record["kind"] == FED)
 
     def flush(self) -> None:
-        """Wait until what was logged so far is on disk, but not for a disk that does not answer."""
-        deadline = time.monotonic() + FLUSH_LIMIT_S
-        while self._waiting.unfinished_tasks and time.monotonic() < deadline and self._thread.is_alive():
-            time.sleep(0.01)
+        """Return when what was logged so far is on disk. Raises OSError where it cannot be written, or not in time."""
+        on_disk: Future[None] = Future()
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(on_disk, timeout=FLUSH_LIMIT_S)
+            wait([on_disk], timeout=FLUSH_LIMIT_S)
+        if not on_disk.done():
+            raise OSError(errno.ETIMEDOUT, f"metrics are not on disk after {FLUSH_LIMIT_S:g} s", str(self._run_dir))
+        on_disk.result()
 
     def _carry(self) -> None:
         assert self._run_dir is not None
         with Journal(self._run_dir) as journal:
             while not (self._done.wait(FLUSH_S) and self._waiting.empty()):
-                if records := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
-                    self._deliver(records, journal)
-                    for _ in records:
-                        self._waiting.task_done()
+                if given := [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]:
+                    self._deliver([one for one in given if not isinstance(one, Future)], journal)
+                    _answer([one for one in given if isinstance(one, Future)], journal)
 
     def _deliver(self, records: list[Record], journal: Journal) -> None:
-        """A journal that cannot be written must not stop the training."""
-        if (problem := journal.take(records)) is not None:
-            records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {problem}"}]
+        """A journal that cannot be written must not stop a step; the next checkpoint is not made without it."""
+        before, self._problem = self._problem, journal.take(records)
+        if self._problem not in (None, before):
+            records = [*records, {"kind": "remark", "text": f"metrics cannot be written: {self._problem}"}]
         for record in records:
             if record["kind"] != FED:  # which is for the file alone
                 self._tell(record)
+
+
+def _answer(asked: list[Future[None]], journal: Journal) -> None:
+    """Tell those who wait for the journal when it is on disk, or why it is not."""
+    for on_disk in asked:
+        try:
+            journal.sync()
+            on_disk.set_result(None)
+        except OSError as error:
+            on_disk.set_exception(error)
 
 
 def _flush_output() -> None:

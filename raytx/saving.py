@@ -217,7 +217,7 @@ class Saver:
         """Make the checkpoint complete and remove those that need not stay. Rank 0 only."""
         kept = {"num_to_keep": self._plan.recipe.save.num_to_keep, "best_step": save.content.state.best_step}
         saved = save.saved
-        error = _attempted(self._flush)
+        error = _attempted(lambda: save.persist(self._flush))
         error = error or _attempted(lambda: save.persist(lambda: save.seal(files)))
         if error is None:  # what cannot be removed now can be the next time
             if (mirrored := self._mirror) is not None:

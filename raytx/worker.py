@@ -49,7 +49,7 @@ class Session:
     log: Callable[[Record], None]
     """Take a record for metrics.jsonl; must not block, except for the ledger's. Called on rank 0 only."""
     flush: Callable[[], None]
-    """Return when what was logged is on disk. Called on rank 0 only, before a checkpoint, from a thread."""
+    """Return when what was logged is on disk, or raise OSError. Called on rank 0 before a checkpoint, from a thread."""
     report: Callable[[dict[str, float]], None]
     """Take an evaluation's metrics. Called by every rank, equally often: Ray Train requires it."""
     node: str = ""

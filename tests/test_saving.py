@@ -88,12 +88,13 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_ranks(plan: Plan, shares: list[Tensors], do: Callable[[Saver, int], Any], **options: Any) -> list[Any]:
     """Do something with a saver on each of several ranks; return what came of it, an exception where it raised."""
     meeting, log = Meeting(len(shares)), options.pop("log", [])
+    flush = options.pop("flush", lambda: None)
     promised = options.pop("promised", None) or headers(shares)
 
     def one(rank: int) -> Any:
         engine: Any = FakeEngine(shares[rank], rank, meeting)
         try:
-            saver = Saver(engine, plan, rank=rank, promised=promised, log=log.append, flush=lambda: None)
+            saver = Saver(engine, plan, rank=rank, promised=promised, log=log.append, flush=flush)
             return do(saver, rank)
         except TrainingError as error:
             return error
@@ -323,4 +324,26 @@ def test_files_that_vanish_before_the_commit_are_noticed(plan: Plan, monkeypatch
     monkeypatch.setattr(checkpoint, "seal", losing)
     (error,) = on_ranks(plan, [share(0)], save_and_wait)
     assert "optimizer-00000-00000.safetensors: written, and now gone" in str(error)
+    assert left(plan) == []
+
+
+def test_a_journal_that_is_not_on_disk_is_waited_for_and_told(plan: Plan) -> None:
+    log, refusals = [], [OSError(28, "No space left on device", "ledger.jsonl")]
+
+    def flush() -> None:
+        if refusals:
+            raise refusals.pop()
+
+    assert on_ranks(plan, [share(0)], save_and_wait, log=log, flush=flush) == [None]
+    assert left(plan) == ["step-00000001"]
+    (remark,) = [record["text"] for record in log if record["kind"] == "remark"]
+    assert remark.endswith("failed and was tried again (rank 0: No space left on device (ledger.jsonl))")
+
+
+def test_a_checkpoint_is_not_made_without_its_journal(plan: Plan) -> None:
+    def flush() -> None:
+        raise OSError(28, "No space left on device", "ledger.jsonl")
+
+    (error,) = on_ranks(plan, [share(0)], save_and_wait, flush=flush)
+    assert "rank 0: No space left on device (ledger.jsonl). Mend that and run the same command again" in str(error)
     assert left(plan) == []
