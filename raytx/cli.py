@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
 from rich.console import Console
@@ -46,19 +46,19 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except StoppedError as stop:
-        Console(stderr=True).print(str(stop), highlight=False, markup=False, soft_wrap=True)
+        _console(stderr=True).print(str(stop), highlight=False, markup=False, soft_wrap=True)
         sys.exit(stop.exit_code)
     except RaytxError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _console(stderr=True).print(f"[bold red]error[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
         place = f": {error.filename}" if error.filename else ""
-        Console(stderr=True).print(f"error {error.strerror}{place}", style="red", highlight=False, soft_wrap=True)
+        _console(stderr=True).print(f"error {error.strerror}{place}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
+        _console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
         sys.exit(128 + max(told_to_end, default=signal.SIGINT))
 
 
@@ -74,9 +74,42 @@ def _signals() -> list[int]:
     return told
 
 
-def _console() -> Console:
+def _console(*, stderr: bool = False) -> Console:
     """Return the console; where the output is no terminal, lines are not folded at 80 columns."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=cast(IO[str], _Lasting(stream)), width=None if stream.isatty() else 160)
+
+
+class _Lasting:
+    """A stream that can be written to for as long as a command takes, whether or not anybody reads on.
+
+    A reader that ends (`raytx train ... | head`) or a terminal that is closed would end a run that is to go on, or turn
+    a stop that has saved into a failure: rich exits there with code 1, and Python with 120 when it flushes.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._into_nothing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._into_nothing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _into_nothing(self) -> Iterator[None]:
+        """Have the stream lead nowhere from the first error on."""
+        try:
+            yield
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def _escape(text: str) -> str:

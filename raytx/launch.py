@@ -242,9 +242,10 @@ def _relayed(supervisor: Any, display: Display, run_dir: Path) -> Iterator[None]
 
     def show(records: list[Record]) -> None:
         for record in records:
-            display.show(record)
             if record["kind"] == "remark":
                 status.remark(run_dir, record["text"])
+            with contextlib.suppress(Exception, SystemExit):  # rich exits where nobody reads any more
+                display.show(record)
 
     thread = threading.Thread(target=relay, name="raytx-journal", daemon=True)
     thread.start()
@@ -272,10 +273,12 @@ def _interruptible(
     def ask(number: int, _: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not asked:
-            supervisor.order.remote("stop")
-            console.print("saving a checkpoint, then stopping; Ctrl-C once more stops at once", highlight=False)
         asked.append(number)
+        if len(asked) > 1:
+            return
+        supervisor.order.remote("stop")
+        with contextlib.suppress(Exception, SystemExit):  # rich exits where nobody reads any more; the run must save
+            console.print("saving a checkpoint, then stopping; Ctrl-C once more stops at once", highlight=False)
 
     def remind() -> None:  # a supervisor that was replaced knows of no order
         if asked:

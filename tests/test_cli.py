@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from raytx import cli
+from raytx.errors import StoppedError
 
 MODEL = {
     "type": "hf",
@@ -257,3 +259,44 @@ def test_verify_ends_with_2_and_a_line_for_each_problem(raytx, make_run):
 def test_a_run_that_is_not_there_names_the_nearest(raytx, make_run):
     runs = make_run("quickstart").parent
     refused(raytx("runs", "show", "quikstart", "--storage-path", runs), "no run 'quikstart'", "'quickstart'?")
+
+
+# ------------------------------------------------------------------------------------------- output that nobody reads
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def closed_terminal():
+    master, terminal = os.openpty()
+    os.close(master)
+    return terminal
+
+
+@pytest.fixture(params=[closed_pipe, closed_terminal])
+def unread(request):
+    """A stream that leads to nobody any more."""
+    with open(request.param(), "w", buffering=1) as stream:
+        yield stream
+
+
+def test_a_stop_that_has_saved_keeps_its_exit_code_though_nobody_reads_its_last_word(unread, monkeypatch):
+    def stopped(**_):
+        raise StoppedError("stopped by SIGTERM at step 3, with a checkpoint of it", exit_code=143)
+
+    monkeypatch.setattr(sys, "stderr", unread)
+    monkeypatch.setattr(cli, "commands", stopped)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 143
+
+
+def test_a_command_goes_on_though_nobody_reads_its_output(unread, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", unread)
+    console = cli._console()
+    for step in range(3):
+        console.print(f"step {step}")
+    print("which Python, too, finds no fault with when it ends", flush=True)

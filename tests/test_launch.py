@@ -1,0 +1,80 @@
+"""A run as its driver sees it: what it orders, what it shows and how it ends, without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from raytx import launch, status
+from raytx.journal import Display
+
+
+class Supervisor:
+    """Takes orders as the actor does, and has records to tell."""
+
+    def __init__(self, *records: dict[str, Any]) -> None:
+        self.orders: list[str] = []
+        self.records = list(records)
+        self.order = SimpleNamespace(remote=self.orders.append)
+        self.drain = SimpleNamespace(remote=self._drain)
+
+    def _drain(self) -> list[dict[str, Any]]:
+        records, self.records = self.records, []
+        return records
+
+
+@contextlib.contextmanager
+def unread_console() -> Iterator[Console]:
+    """Yield a console on a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream, contextlib.redirect_stdout(stream):  # rich has it lead nowhere
+        yield Console()
+
+
+def test_ctrl_c_saves_and_ends_the_run_by_its_signal_though_nobody_reads_its_output() -> None:
+    supervisor = Supervisor()
+
+    def train() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 10
+        while not supervisor.orders and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)  # to save
+        return {"end": {"kind": "done", "step": 3}}
+
+    with unread_console() as console:
+        end, number = launch._interruptible(train, supervisor, console)
+    assert end == {"end": {"kind": "done", "step": 3}}
+    assert number == signal.SIGINT
+    assert "stop" in supervisor.orders
+
+
+def test_remarks_are_recorded_though_nobody_reads_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.ray, "get", lambda found, timeout: found)
+    supervisor = Supervisor({"kind": "remark", "text": "one"}, {"kind": "remark", "text": "two"})
+    with (
+        unread_console() as console,
+        status.recorded(tmp_path, "training"),
+        Display(total_steps=3, console=console) as display,
+        launch._relayed(supervisor, display, tmp_path),
+    ):
+        deadline = time.monotonic() + 10
+        while supervisor.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+        supervisor.records = [{"kind": "remark", "text": "three"}]
+        while supervisor.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not supervisor.records  # the thread that takes them lives
+    (turn,) = status.turns(tmp_path)
+    assert [remark["text"] for remark in turn["remarks"]] == ["one", "two", "three"]
