@@ -40,9 +40,8 @@ class Channel:
                     return message
 
     def _fill(self, timeout_s: float | None) -> None:
-        if not select.select([self._socket], [], [], timeout_s)[
-            0
-        ]:  # a timeout of the socket would be one of sending too
+        readable, _, _ = select.select([self._socket], [], [], timeout_s)  # the socket's own is one of sending too
+        if not readable:
             raise TimeoutError
         try:
             data = self._socket.recv(CHUNK)
