@@ -312,6 +312,9 @@ def _in_thread(work: Callable[[], dict[str, Any]], *, meanwhile: Callable[[], No
 def _configure() -> None:
     """Poll workers often enough that a run ends when it is done; keep Ray's own words out of the user's."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # All keepers make a report within moments. Where one does not, as a new supervisor knows of no report that the old
+    # one granted, the others would by Ray's default wait for ever.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "120")
     # a group asks only for places that were free a moment ago
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(START_TIMEOUT_S)
     # Ray's watcher would keep ranks on a drained node until it goes; raytx.elastic moves them at once

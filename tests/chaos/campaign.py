@@ -25,7 +25,7 @@ from job import ROOT, STRATEGIES, Job
 from killer import Aim, Kind, hunt, plan_shots
 
 DECK: list[tuple[Kind, Aim]] = [
-    *[("rank", "any")] * 3,
+    *[("rank", "any")] * 2,
     ("rank", "step"),
     *[("rank", "save")] * 2,
     ("rank", "evaluation"),
@@ -35,6 +35,7 @@ DECK: list[tuple[Kind, Aim]] = [
     ("worker", "restart"),
     ("server", "any"),
     ("supervisor", "any"),
+    ("supervisor", "evaluation"),
     ("controller", "any"),
     ("driver", "any"),
     ("driver", "save"),
