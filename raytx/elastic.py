@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import ResizingState
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, ResizingState, RunningState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.util import placement_group_table
 
@@ -45,8 +45,8 @@ def make_elastic(
     """Let a Ray Train trainer, whose scaling config has a range of workers, run on these numbers of them only.
 
     `tell` hears, in Ray Train's controller, that the run waits for nodes or changes its size. When there was no room
-    for the smallest size for `wait_s` seconds, the run ends with a ResourceError; when `stopped` says meanwhile that it
-    was told to end, with a StoppedError.
+    for the smallest size for `wait_s` seconds, or no group would start, the run ends with a ResourceError; when
+    `stopped` says meanwhile that it was told to end, with a StoppedError.
     """
     run, policy = trainer._initialize_and_run_controller, Sizes(trainer.scaling_config, sizes, tell, wait_s, stopped)
     trainer._initialize_and_run_controller = lambda **given: run(**given | {"scaling_policy": policy})
@@ -71,25 +71,39 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
         self._group: Any = None
         self._waits_since: float | None = None
         self._next_word = 0.0
+        self._not_started = ""
+        """Why the last group did not start, where none has since."""
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
-            self._wait()
+            self._wait(self._lack())
+        elif self._not_started:  # there seems to be room, so Ray would try again at once, for ever
+            self._wait(self._not_started)
         else:
             self._waits_since = None
         return decision
 
-    def _wait(self) -> None:
-        """Say from time to time what is waited for; raise ResourceError when that took too long."""
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Take note of groups that do not start, and of one that does."""
+        if isinstance(current_state, ReschedulingState):
+            self._not_started = f"they did not start: {_gist(current_state.training_failed_error)}"
+        elif isinstance(current_state, RunningState):
+            self._not_started, self._waits_since = "", None
+
+    def _lack(self) -> str:
+        one = self.scaling_config._resources_per_worker_not_none
+        fits = cluster.most(range(1, self._sizes[0]), one, nodes=self._room(), placement_strategy=self._strategy) or 0
+        return f"the cluster has room for {fits}"
+
+    def _wait(self, why: str) -> None:
+        """Say from time to time what is waited for, and why; raise ResourceError when that took too long."""
         if self._stopped():
             raise StoppedError("told to end while waiting for nodes", exit_code=128 + signal.SIGTERM)
         now = time.monotonic()
         self._waits_since = now if self._waits_since is None else self._waits_since
         left = self._waits_since + self._wait_s - now
-        one = self.scaling_config._resources_per_worker_not_none
-        fits = cluster.most(range(1, self._sizes[0]), one, nodes=self._room(), placement_strategy=self._strategy) or 0
-        wanted = f"{cluster.described(one, self._sizes[0])}; the cluster has room for {fits}"
+        wanted = f"{cluster.described(self.scaling_config._resources_per_worker_not_none, self._sizes[0])}; {why}"
         if left < 0:
             raise ResourceError(
                 f"waited {self._wait_s:g} s for {wanted}. When there is room again, the same command goes on from the "
@@ -133,6 +147,12 @@ class Sizes(ElasticScalingPolicy):  # type: ignore[misc]
     @property
     def _strategy(self) -> Any:
         return self.scaling_config.placement_strategy
+
+
+def _gist(error: Exception) -> str:
+    """Return the first sentence of an error's last line, where Ray puts what happened; advice follows it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().partition(". ")[0]
 
 
 def room(one: Mapping[str, float], *, held: Sequence[str], without: Collection[str]) -> list[dict[str, float]]:

@@ -90,7 +90,6 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> Any:
     scaling = plan.recipe.scaling
-    within_s = scaling.grace_s
     trainer = ray_internals.trainer(
         keep,
         train_loop_config={
@@ -110,17 +109,7 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
             placement_strategy=scaling.placement_strategy,
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
-        run_config=RunConfig(
-            # Checkpoints are raytx's own; what Ray keeps of a run is of this attempt alone, so it gets a new name.
-            name=f"{int(time.time())}-{os.getpid()}",
-            storage_path=str(plan.run_dir / ".ray"),
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=10),
-            callbacks=[
-                TellFailures(supervisor),
-                BeforeResize(lambda workers: ray.get(supervisor.resize.remote(within_s))),
-                *callbacks,
-            ],
-        ),
+        run_config=_run_config(plan, supervisor, callbacks),
     )
     make_elastic(
         trainer,
@@ -130,6 +119,22 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
         stopped=lambda: ray.get(supervisor.told_to_end.remote()),
     )
     return trainer
+
+
+def _run_config(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> RunConfig:
+    within_s = plan.recipe.scaling.grace_s
+    return RunConfig(
+        # Checkpoints are raytx's own; what Ray keeps of a run is of this attempt alone, so it gets a new name.
+        name=f"{int(time.time())}-{os.getpid()}",
+        storage_path=str(plan.run_dir / ".ray"),
+        # what may fail how often: supervision.py; for how long workers may not start: elastic.py
+        failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+        callbacks=[
+            TellFailures(supervisor),
+            BeforeResize(lambda workers: ray.get(supervisor.resize.remote(within_s))),
+            *callbacks,
+        ],
+    )
 
 
 class _Sharing(Backend):  # type: ignore[misc]
@@ -160,15 +165,17 @@ def _fit(trainer: Any) -> dict[str, Any]:
             f"the worker of rank {rank} failed ({_gist(cause)}), and no restart is left (scaling.max_failures). The "
             "same command goes on from the last checkpoint"
         ) from error
-    except (ControllerError, ray.exceptions.RayTaskError) as error:
-        cause = error.controller_failure if isinstance(error, ControllerError) else error.cause
+    except (TrainingFailedError, ray.exceptions.RayTaskError) as error:
+        cause = error.controller_failure if isinstance(error, ControllerError) else getattr(error, "cause", error)
         if isinstance(cause, StoppedError):  # told to end while it waited for room
             return {}
         if isinstance(cause, RaytxError):
             raise cause from None
-        raise
-    except TrainingFailedError as error:
-        raise RaytxError(f"Ray Train gave up: {error}") from error
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise
+        raise RaytxError(
+            f"Ray Train gave up ({_gist(cause)}). The same command goes on from the last checkpoint"
+        ) from error
     except ray.exceptions.RayActorError as error:
         raise RaytxError(
             "Ray Train's controller died, and the run with it. The same command goes on from the last checkpoint"

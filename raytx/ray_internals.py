@@ -34,7 +34,11 @@ USED = {
         "ResizeDecision",
     ),
     "ray.train.v2._internal.execution.callback": ("ControllerCallback",),
-    "ray.train.v2._internal.execution.controller.state": ("ResizingState",),
+    "ray.train.v2._internal.execution.controller.state": (
+        "ReschedulingState",
+        "ResizingState",
+        "RunningState",
+    ),
     # token mode is read once, when ray is imported; it must be read again after it was switched on
     "ray._raylet": ("Config", "AuthenticationTokenLoader"),
     # the public API sums free resources over nodes, but a bundle must fit on one

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from ray import cloudpickle
-from ray.train import ScalingConfig
+from ray.train import ControllerError, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller.state import (
+    ReschedulingState,
     ResizingState,
     RunningState,
     SchedulingState,
@@ -109,7 +111,7 @@ def test_a_run_that_waited_too_long_gives_up_with_the_numbers(nodes: Cluster, mo
     assert told[-1].endswith("giving up in 60 s")
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-    with pytest.raises(ResourceError, match="waited 60 s for 2 x"):
+    with pytest.raises(ResourceError, match=r"waited 60 s for 2 x"):
         at_start(made)
     nodes.free = {"a": {"CPU": 4.0}}
     assert at_start(made) == 4
@@ -127,6 +129,49 @@ def test_a_run_that_waits_ends_when_it_is_told_to(nodes: Cluster) -> None:
     told_to_end.append(True)
     with pytest.raises(StoppedError):
         at_start(made)
+
+
+class Scheduled:
+    """Tries to start a group as Ray Train's controller does, and fails."""
+
+    def __init__(self, made: elastic.Sizes) -> None:
+        self._made = made
+
+    def fails(self) -> None:
+        assert at_start(self._made) == 4
+        failure = ControllerError(WorkerGroupStartupTimeoutError(4))
+        self._made.after_controller_state_update(
+            SchedulingState(ResizeDecision(4, {"CPU": 1.0})), ReschedulingState(failure)
+        )
+
+
+def test_groups_that_do_not_start_though_there_is_room_are_tried_for_as_long_as_a_run_waits(
+    nodes: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    made = policy(told=told, wait_s=60.0)
+    group = Scheduled(made)
+    for _ in range(20):
+        group.fails()
+    assert len(told) == 1
+    assert told[0].startswith("waiting for 2 x {CPU: 1}; they did not start: The worker group startup timed out after")
+    assert told[0].endswith("giving up in 60 s")
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    with pytest.raises(ResourceError, match=r"waited 60 s for 2 x .* they did not start"):
+        at_start(made)
+
+
+def test_a_group_that_starts_makes_good_for_those_that_did_not(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = policy(wait_s=60.0)
+    group = Scheduled(made)
+    group.fails()
+    group.fails()
+    made.after_controller_state_update(SchedulingState(ResizeDecision(4, {"CPU": 1.0})), RunningState())
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    group.fails()
+    group.fails()
 
 
 def test_what_other_programs_hold_is_no_room(nodes: Cluster) -> None:

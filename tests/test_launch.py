@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+from ray.train import ControllerError
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from rich.console import Console
 
 from raytx import launch, status
+from raytx.errors import RaytxError, ResourceError
 from raytx.journal import Display
 
 
@@ -78,3 +81,39 @@ def test_remarks_are_recorded_though_nobody_reads_the_output(tmp_path: Path, mon
         assert not supervisor.records  # the thread that takes them lives
     (turn,) = status.turns(tmp_path)
     assert [remark["text"] for remark in turn["remarks"]] == ["one", "two", "three"]
+
+
+def test_a_keeper_waits_for_a_report_of_the_others_for_a_limited_time() -> None:
+    with mock.patch.dict(os.environ, {"RAYTX_VERBOSE": "1"}):
+        os.environ.pop("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", None)
+        launch._configure()
+        assert get_env_vars_to_propagate()["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] == "120"  # what workers get of Ray
+
+
+# ---- how it ends
+
+
+class Trainer:
+    """Fails as Ray Train does."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def fit(self) -> None:
+        raise self._error
+
+
+def test_a_controller_that_gives_up_is_one_clear_message_with_the_cause() -> None:
+    with pytest.raises(RaytxError, match=r"Ray Train gave up \(no route to head\).* goes on from the last checkpoint"):
+        launch._fit(Trainer(ControllerError(OSError("no route to head"))))
+
+
+def test_what_a_user_can_mend_comes_out_of_the_controller_as_it_went_in() -> None:
+    with pytest.raises(ResourceError, match=r"^waited 60 s$"):
+        launch._fit(Trainer(ControllerError(ResourceError("waited 60 s"))))
+
+
+def test_ray_train_itself_never_counts_groups_that_did_not_start(tmp_path: Path) -> None:
+    plan = mock.Mock(run_dir=tmp_path)
+    config = launch._run_config(plan, mock.Mock(), callbacks=())
+    assert config.failure_config.controller_failure_limit == -1
