@@ -85,6 +85,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "resources": plan.resources_per_worker,
         "max_failures": scaling.max_failures,
         "stall_s": scaling.stall_s,
+        "grace_s": scaling.grace_s,
     }
 
 
@@ -122,7 +123,6 @@ def _trainer(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> 
 
 
 def _run_config(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) -> RunConfig:
-    within_s = plan.recipe.scaling.grace_s
     return RunConfig(
         # Checkpoints are raytx's own; what Ray keeps of a run is of this attempt alone, so it gets a new name.
         name=f"{int(time.time())}-{os.getpid()}",
@@ -131,7 +131,7 @@ def _run_config(plan: Plan, supervisor: Any, callbacks: Sequence[UserCallback]) 
         failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
         callbacks=[
             TellFailures(supervisor),
-            BeforeResize(lambda workers: ray.get(supervisor.resize.remote(within_s))),
+            BeforeResize(lambda workers: ray.get(supervisor.resize.remote())),
             *callbacks,
         ],
     )

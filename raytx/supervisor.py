@@ -19,7 +19,7 @@ from raytx import ray_internals, rendezvous
 from raytx.files import write_text
 from raytx.nursery import Nursery
 from raytx.pulse import Pulse
-from raytx.supervision import Attempt, End, Supervision, Verdict
+from raytx.supervision import SLOW_LIMITS, Attempt, End, Supervision, Verdict
 from raytx.worker import Order, Record
 
 SAVED = {"checkpoint", "resumed"}
@@ -29,6 +29,8 @@ QUEUE_LIMIT = 10_000
 JUDGE_EVERY_S = 1.0
 STACKS_S = 5.0
 """How long a stalled group is given to write its stacks."""
+UNJUDGED_S = 30.0
+"""What stands for the stall limit, where a run has none, in how long a resize waits for a save."""
 LAST_CALL_S = 10.0
 """How long before a node goes the ranks save a second time, to lose no more than the steps of these seconds."""
 SUPERSEDED = {"settled": True, "again": True, "reports": 0}
@@ -77,19 +79,31 @@ class Supervisor:
         attempt = self._state.attempt
         step = attempt.step if attempt else 0  # what is committed next may be a save from before the order
         await self.order("save")
-        async with self._changed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(within_s):
-                    await self._changed.wait_for(lambda: self._saved >= step or attempt is None or attempt.over)
+        deadline = time.monotonic() + within_s
+        while self._saved < step and attempt is not None and not attempt.over and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
         return self._saved >= step
 
-    async def resize(self, within_s: float) -> bool:
-        """Have the ranks save, as Ray Train is about to replace them; return whether they did within the time."""
+    async def resize(self) -> bool:
+        """Have the ranks save, as Ray Train is about to replace them; return whether they did in time."""
         for node in self._roomy():  # new nodes load libraries while the ranks save
             self._nursery(node)
+        within_s = await self._time_to_save()
         saved = await self.save(within_s)
+        if not saved and self._state.attempt is not None and not self._state.attempt.over:
+            self._remark(f"no checkpoint within {within_s:g} s before the resize; steps since the last are done again")
         self._state.resized()
         return saved
+
+    async def _time_to_save(self) -> float:
+        """Return for how long a resize may wait for a save: a node that goes will not, growth can."""
+        if (await asyncio.to_thread(ray_internals.draining_nodes)).keys() & self._nodes():
+            return float(self._settings["grace_s"])
+        return float(SLOW_LIMITS * (self._settings["stall_s"] or UNJUDGED_S))
+
+    def _nodes(self) -> set[str]:
+        """Return the nodes that ranks run on."""
+        return {place["node_id"] for place in self._state.attempt.places.values()} if self._state.attempt else set()
 
     def _roomy(self) -> list[str]:
         """Return the nodes that have room for a rank right now."""
@@ -260,7 +274,7 @@ class Supervisor:
         """Have the ranks save when a node of theirs is about to go, at once and shortly before it does."""
         if self._state.attempt is None or self._state.attempt.over:
             return
-        held = {place["node_id"] for place in self._state.attempt.places.values()}
+        held = self._nodes()
         draining = await asyncio.to_thread(ray_internals.draining_nodes)
         for node, at in draining.items():
             if node in held and node not in self._last_calls:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raytx import launch, supervision
+from raytx import launch, ray_internals, supervision
 from raytx import supervisor as module
 from raytx.errors import RaytxError
 from raytx.pulse import Pulse
@@ -25,7 +25,8 @@ TOLD_TO_END = {"attempt": 0, "ordered": True}
 
 def made(run_dir: Path, **changes: Any) -> Any:
     """What the actor is made of."""
-    settings = {"max_failures": 3, "stall_s": 30.0, "local": False, "run_dir": str(run_dir), **changes}
+    usual = {"max_failures": 3, "stall_s": 30.0, "grace_s": 0.3, "local": False, "resources": {"CPU": 1.0}}
+    settings = usual | {"run_dir": str(run_dir)} | changes
     return Supervisor.__ray_metadata__.modified_class(settings)  # type: ignore[attr-defined]
 
 
@@ -241,3 +242,52 @@ def test_a_run_that_was_told_to_end_ends_so_whatever_was_lost_before(tmp_path: P
         return await supervisor.join("1", 0, 1, PLACE)
 
     assert within(lost_then_told()) == TOLD_TO_END
+
+
+# ---- a resize of healthy workers
+
+
+async def resized(supervisor: Any, *, saves_after_s: float) -> tuple[bool, list[str]]:
+    """Resize a run of one rank whose save takes so long; return whether it had saved, and what was said."""
+    await begun(supervisor, 1)
+    await supervisor.beat("1", 1, 0, asdict(Pulse(step=7)), [], 0)
+    resize = asyncio.create_task(supervisor.resize())
+    await asyncio.wait([resize], timeout=saves_after_s)
+    committed = {"kind": "checkpoint", "step": 7}
+    await supervisor.beat("1", 1, 0, asdict(Pulse(step=8)), [committed], 0)
+    return await resize, [record["text"] for record in supervisor._records if record["kind"] == "remark"]
+
+
+@pytest.fixture
+def draining(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The nodes that are about to go, and when."""
+    nodes: dict[str, float] = {}
+    monkeypatch.setattr(ray_internals, "available_resources_per_node", dict)
+    monkeypatch.setattr(ray_internals, "draining_nodes", lambda: nodes)
+    return nodes
+
+
+def test_growth_waits_for_a_save_that_takes_longer_than_the_grace(supervisor: Any, draining: dict[str, float]) -> None:
+    draining["b"] = 1.0  # where no rank is
+    assert within(resized(supervisor, saves_after_s=1.0)) == (True, [])
+
+
+def test_a_drained_node_is_left_after_the_grace_and_what_that_costs_is_said(
+    supervisor: Any, draining: dict[str, float]
+) -> None:
+    draining["a"] = 1.0
+    saved, remarks = within(resized(supervisor, saves_after_s=1.0))
+    assert not saved
+    assert "no checkpoint within 0.3 s before the resize; steps since the last are done again" in remarks
+
+
+def test_a_resize_waits_for_nothing_once_the_attempt_is_over(supervisor: Any, draining: dict[str, float]) -> None:
+    async def over() -> bool:
+        await begun(supervisor, 1)
+        await supervisor.beat("1", 1, 0, asdict(Pulse(step=7)), [], 0)
+        resize = asyncio.create_task(supervisor.resize())
+        await asyncio.sleep(0.2)
+        supervisor._state.attempt.over = True  # as where its only keeper does not answer, which tells nobody
+        return bool(await resize)
+
+    assert not within(over())
