@@ -11,10 +11,8 @@ import contextlib
 import math
 import os
 import secrets
-import signal
 import socket
 import stat
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +64,7 @@ def connect(
     if not verbose:
         ray_internals.quiet()
     address = address or os.environ.get("RAY_ADDRESS")
-    with _own_handler(signal.SIGTERM):
+    with ray_internals.own_signals():
         if address and address != "local":
             _join(address, verbose=verbose)
         else:
@@ -178,17 +176,6 @@ def node_name(address: str, node_id: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ connect
-
-
-@contextlib.contextmanager
-def _own_handler(number: signal.Signals) -> Iterator[None]:
-    """Put a signal's handler back after the block: Ray's exits with the signal's bare number, and cleans nothing up."""
-    before = signal.getsignal(number)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(number, before)
 
 
 def _join(address: str, *, verbose: bool) -> None:

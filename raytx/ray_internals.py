@@ -21,6 +21,8 @@ USED = {
     "ray._private.ray_constants": ("ENABLE_RAY_CLUSTER", "ENABLE_RAY_CLUSTERS_ENV_VAR"),
     # own_session: a signal to the driver's process group would end the cluster before the run can save
     "ray._private.services": ("ConsolePopen",),
+    # own_signals: Ray's handler of SIGTERM exits with the signal's bare number, and cleans nothing up
+    "ray._private.utils": ("set_sigterm_handler",),
     # quiet: what the raylet says of dead workers is printed into the driver's output, whatever log_to_driver says
     "ray._private.worker": ("print_to_stdstream",),
     # any_agent_port: ray.init has no option for it
@@ -107,6 +109,20 @@ def quiet() -> None:
     from ray._private import worker
 
     worker.print_to_stdstream = lambda *_, **__: None
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """Keep Ray from handling SIGTERM in the place of whoever starts or joins a cluster meanwhile: it would at once, and
+    for good, and starting takes seconds."""
+    from ray._private import utils
+
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import utils as ray_utils
 
 from raytx import cluster, ray_internals
 from raytx.errors import RaytxError, ResourceError
@@ -253,6 +255,31 @@ def test_a_local_cluster_that_cannot_start_is_a_shortage_with_rays_reason(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ResourceError, match=r"a local Ray cluster could not start: no room for the object store$"):
         cluster.connect()
+
+
+def test_sigterm_while_ray_starts_is_handled_by_whoever_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(**kwargs: Any) -> None:
+        ray_utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as ray.init does before all else
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("SIGTERM was lost")
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster.ray, "init", begin)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before, rays = signal.signal(signal.SIGTERM, interrupt), ray_utils.set_sigterm_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cluster.connect()
+        assert signal.getsignal(signal.SIGTERM) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ray_utils.set_sigterm_handler is rays
 
 
 def test_a_token_readable_by_others_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
