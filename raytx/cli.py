@@ -344,7 +344,7 @@ def submit(recipe: str, overrides: tuple[str, ...], address: str | None, no_wait
     """Train RECIPE as a job on a cluster: check it here, upload it, follow its log, return its exit code."""
     from raytx.submit import submit as run
 
-    sys.exit(run(recipe, address=address, overrides=overrides, wait=not no_wait, **options))
+    sys.exit(run(recipe, address=address, overrides=overrides, wait=not no_wait, console=_console(), **options))
 
 
 @commands.command()

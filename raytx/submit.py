@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -22,7 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from aiohttp import ClientError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from raytx import ray_internals
@@ -38,6 +40,10 @@ TAKEN_DOWN_S = 30
 EXCLUDED = [".git", ".venv", "__pycache__", "raytx-runs", "*.safetensors"]
 """Left out of the upload, besides what .gitignore names. A slash at the end would leave the directories in, empty."""
 SETUP_TIMEOUT_S = 900
+SILENT_S = 300.0
+"""How long a job server may not answer before its job is followed no further."""
+BROKEN = (RuntimeError, OSError, ClientError)
+"""What is raised where a proxy or a tunnel has hung up, or has no connection itself."""
 INTERRUPTED = 130
 """What a shell calls a command that Ctrl-C ended."""
 
@@ -298,7 +304,7 @@ def _status(client: JobSubmissionClient, job: str) -> JobStatus | None:
 def _follow(client: JobSubmissionClient, job: str, console: Console) -> int:
     """Print the job's log as it grows; return its exit code. Ctrl-C ends the following, not the job."""
     try:
-        asyncio.run(_print_log(client, job, console))
+        info = asyncio.run(_print_log(client, job, console))
     except KeyboardInterrupt:
         address = client.get_address()
         console.print(
@@ -308,7 +314,6 @@ def _follow(client: JobSubmissionClient, job: str, console: Console) -> int:
             soft_wrap=True,
         )
         return INTERRUPTED
-    info = client.get_job_info(job)
     if info.status != JobStatus.SUCCEEDED:
         console.print(f"job {job} {info.status.value.lower()}: {info.message or ''}", style="red", soft_wrap=True)
     if info.driver_exit_code is not None:
@@ -316,21 +321,40 @@ def _follow(client: JobSubmissionClient, job: str, console: Console) -> int:
     return 0 if info.status == JobStatus.SUCCEEDED else 1
 
 
-async def _print_log(client: JobSubmissionClient, job: str, console: Console) -> None:
-    """Print each part of the log once: a connection that breaks is made again and begins at the beginning."""
-    seen = 0
+async def _print_log(client: JobSubmissionClient, job: str, console: Console) -> JobDetails:
+    """Print each part of the log once, and return how the job ended.
+
+    A connection that breaks is made again, and begins at the beginning. Raises ResourceError when none can be made for
+    minutes.
+    """
+    seen, silent_since = 0, math.inf
     while True:
         position = 0
-        with contextlib.suppress(RuntimeError, OSError):  # a proxy or a tunnel that hung up
+        with contextlib.suppress(*BROKEN):
             async for text in client.tail_job_logs(job):
                 fresh = text[max(0, seen - position) :]
                 position += len(text)
                 seen = max(seen, position)
                 console.file.write(fresh)
                 console.file.flush()
-        if client.get_job_status(job).is_terminal():
-            return
+        try:
+            info = client.get_job_info(job)
+        except BROKEN as error:
+            silent_since = min(silent_since, time.monotonic())
+            if time.monotonic() - silent_since > SILENT_S:
+                raise _given_up(client, job, error) from error
+        else:
+            if info.status.is_terminal():
+                return info
+            silent_since = math.inf
         await asyncio.sleep(1)
+
+
+def _given_up(client: JobSubmissionClient, job: str, error: Exception) -> ResourceError:
+    return ResourceError(
+        f"{client.get_address()} has not answered for {SILENT_S / 60:g} minutes: {_last_line(error)}. Job {job} goes "
+        "on without that; follow it again with the same command"
+    )
 
 
 def _last_line(error: BaseException) -> str:

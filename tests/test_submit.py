@@ -10,13 +10,15 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from ray.job_submission import JobStatus, JobSubmissionClient
+from aiohttp import ServerDisconnectedError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from raytx.errors import RaytxError, RecipeError, ResourceError
@@ -265,6 +267,66 @@ def test_no_server_is_one_clear_error() -> None:
 def test_a_clusters_own_address_is_no_job_server() -> None:
     with pytest.raises(RaytxError, match="is no job server"):
         submit._client("ray://127.0.0.1:10001")
+
+
+# ------------------------------------------------------------------------------------------------------- its log
+
+
+class Tunnel(FakeClient):
+    """A job of two lines; its server answers, or does not, as it is told, and with the last answer the job is done."""
+
+    def __init__(self, *answers: bool) -> None:
+        super().__init__()
+        self.answers, self.tails = list(answers), 0
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.tails += 1
+        if self.tails == 2:
+            raise ServerDisconnectedError
+        yield "one\n"
+        if len(self.answers) == 1:
+            yield "two\n"
+
+    def get_job_info(self, job: str) -> JobDetails:
+        if not self.answers.pop(0):
+            raise ConnectionError("connection refused")
+        status = JobStatus.RUNNING if self.answers else JobStatus.SUCCEEDED
+        code = None if self.answers else 0
+        return JobDetails(
+            type="SUBMISSION", entrypoint="raytx", submission_id=job, status=status, driver_exit_code=code
+        )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes only where somebody waits."""
+    now = [0.0]
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(submit.asyncio, "sleep", sleep)
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+
+def test_a_job_is_followed_through_a_connection_that_is_down_for_minutes(
+    clock: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = Tunnel(True, *[False] * 290, True, *[False] * 290, True)
+    assert submit._follow(client, "job-0-1", Console()) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_a_job_server_that_does_not_answer_any_more_is_given_up_on_and_the_job_goes_on(clock: None) -> None:
+    client = Tunnel(True, *[False] * 400, True)
+    with pytest.raises(
+        ResourceError, match=r"head:8265 has not answered for 5 minutes: .*refused\. Job job-0-1 goes on"
+    ):
+        submit._follow(client, "job-0-1", Console(quiet=True))
+    assert 90 < len(client.answers) < 110
 
 
 # --------------------------------------------------------------------------------------------- on a real job server
