@@ -127,6 +127,7 @@ def test_a_process_that_has_nothing_to_save_yet_is_stopped_at_once(rank):
 def test_a_stopped_process_is_known_to_be_stopped(rank):
     pulse.begin(rank.directory / "pulse")
     os.kill(rank.process.pid, signal.SIGSTOP)
+    os.waitpid(rank.process.pid, os.WUNTRACED)  # it stops when it is scheduled next
     rank.answer["dump"] = True
     rank.on_beat = lambda: rank.process.kill() if rank.stacks else None
     rank.watch.run()
