@@ -41,7 +41,8 @@ def keep(config: Mapping[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     named = ray.get(config["supervisor"].group.remote()) if context.get_world_rank() == 0 else None
     group = ray.train.collective.broadcast_from_rank_zero(named)
-    with tempfile.TemporaryDirectory(prefix="rank-", dir=cluster.private_directory()) as directory:
+    prefix = f"rank-{os.getpid()}-"  # by which it is known whose it was, where this process is killed
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=cluster.private_directory()) as directory:
         keeper = Keeper(config, group, context.get_world_rank(), context.get_world_size(), Path(directory))
         return keeper.run()
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from raytx.cluster import private_directory
@@ -18,23 +22,30 @@ from raytx.plan import Plan
 from raytx.prepare import bring
 
 BACKLOG = 128
+OWNED = re.compile(r"(fork|rank)-(?P<pid>\d+)(-|$)")
+"""Names of files that are of no use without the process whose id is in them."""
 
 
 @ray.remote(num_cpus=0)
 class Nursery:
-    """Starts a fork server for one plan, and another when that has died."""
+    """Starts a fork server for one plan, and another when that has died or does nothing any more."""
 
     def __init__(self, plan: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         self._plan, self._environment = plan, environment
         self._server: subprocess.Popen[bytes] | None = None
         self._path = private_directory() / f"fork-{os.getpid()}"
+        _clear(private_directory())
         with contextlib.suppress(Exception):  # ranks try again, and tell
             bring(Plan.from_dict(plan))  # here: file systems start threads, and the server must have none
         self._start()
 
     def address(self) -> str:
         """Return the path of the socket at which a rank can be asked for."""
-        if self._server is None or self._server.poll() is not None:
+        assert self._server is not None
+        if self._server.poll() is None and psutil.Process(self._server.pid).status() == psutil.STATUS_STOPPED:
+            self._server.kill()  # every rank that is asked of it would be waited for until that is called a stall
+            self._server.wait()
+        if self._server.poll() is not None:
             self._start()
         return str(self._path)
 
@@ -49,6 +60,15 @@ class Nursery:
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(self._plan).encode() + b"\n")
         self._server.stdin.flush()
+
+
+def _clear(directory: Path) -> None:
+    """Remove what killed processes have left: sockets of fork servers, and directories of ranks (see keeper.py)."""
+    for path in directory.iterdir():
+        owner = OWNED.match(path.name)
+        if owner and not psutil.pid_exists(int(owner["pid"])):
+            with contextlib.suppress(OSError):  # another nursery of the node clears, too
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _run(listener: socket.socket, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
