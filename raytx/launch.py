@@ -227,11 +227,11 @@ def _died(error: Exception) -> bool:
 
 
 def _gist(error: Exception) -> str:
-    """Return an error in a line: its last one, where Ray puts what happened."""
+    """Return an error in a line: its last one, where Ray puts what happened, if not how to wait longer for it."""
     if _died(error):
         return "its process died"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()
+    lines = [line.strip() for line in str(error).strip().splitlines() if not line.startswith("You can set the timeout")]
+    return lines[-1] if lines else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------- while a run goes on

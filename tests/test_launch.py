@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 from ray.train import ControllerError
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.exceptions import BroadcastCollectiveTimeoutError
 from rich.console import Console
 
 from raytx import launch, status
@@ -106,6 +107,11 @@ class Trainer:
 def test_a_controller_that_gives_up_is_one_clear_message_with_the_cause() -> None:
     with pytest.raises(RaytxError, match=r"Ray Train gave up \(no route to head\).* goes on from the last checkpoint"):
         launch._fit(Trainer(ControllerError(OSError("no route to head"))))
+
+
+def test_a_keeper_that_waited_for_others_says_for_whom_and_not_how_to_wait_longer() -> None:
+    told = launch._gist(BroadcastCollectiveTimeoutError(120.0, [1], 120.0))
+    assert told.endswith("have not joined the collective operation: [1]")
 
 
 def test_what_a_user_can_mend_comes_out_of_the_controller_as_it_went_in() -> None:
