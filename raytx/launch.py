@@ -50,7 +50,8 @@ def launch(plan: Plan, *, callbacks: Sequence[UserCallback] = (), console: Conso
     assert plan.steps is not None
     _configure()
     here = ray.get_runtime_context().get_node_id()
-    beside_the_driver = NodeAffinitySchedulingStrategy(here, soft=True)
+    # Nowhere else: a node that is lost or cut off must not take with it what would notice.
+    beside_the_driver = NodeAffinitySchedulingStrategy(here, soft=False)
     supervisor = Supervisor.options(  # type: ignore[attr-defined]
         scheduling_strategy=beside_the_driver
     ).remote(_settings(plan))
