@@ -104,10 +104,17 @@ def leftovers(job: Job, shared_memory_before: Iterable[str]) -> list[str]:
             break
         time.sleep(0.2)
     found = [f"{job.name}: process {pid} is left: {line.strip()[:80]}" for pid, line in left.items()]
-    new = shared_memory() - set(shared_memory_before)
-    found += [f"{job.name}: /dev/shm/{name} is left" for name in sorted(new - _in_use_by_others(job))]
+    found += [f"{job.name}: /dev/shm/{name} is left" for name in sorted(_lingering(job, set(shared_memory_before)))]
     rubbish = (job.run_dir / "checkpoints").glob(".step-*")
     return found + [f"{job.name}: {path.name} is left" for path in rubbish]
+
+
+def _lingering(job: Job, before: set[str]) -> set[str]:
+    """Return the shared memory that is new and nobody else's; looked at twice, as others may be at their end."""
+    found = shared_memory() - before - _in_use_by_others(job)
+    if found:
+        time.sleep(1.0)
+    return found & shared_memory()
 
 
 def shared_memory() -> set[str]:

@@ -8,6 +8,7 @@ phases are dealt from a deck that a seed shuffles, strategies take turns. Figure
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -16,7 +17,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,6 @@ DECK: list[tuple[Kind, Aim]] = [
     ("stop", "any"),
 ]
 """What twenty kills are."""
-EACH = 5
-"""Kills of one run."""
 STALL_S = 5
 """The stall limit of runs in which a rank is stopped; the usual one would only make them longer."""
 
@@ -54,56 +54,82 @@ STALL_S = 5
 def main() -> int:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
-    home = Path(tempfile.mkdtemp(prefix="rx"))
+    campaign = Campaign(Path(tempfile.mkdtemp(prefix="rx")), options)
     found: list[dict[str, Any]] = []
     try:
-        for entry in campaign(home, kills=options.kills, seed=options.seed):
+        for entry in campaign.runs():
             found.append(entry)
             print(_told(entry), flush=True)
-            _write(options.out, found, seed=options.seed)
+            _write(options, found)
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        campaign.end()
     return int(any(entry["problems"] for entry in found))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how many; as many more as the last run takes")
+    parser.add_argument("--each", type=int, default=5, help="kills of one run")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that go on side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the moments of kills")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "chaos.json", help="where the figures go")
     return parser.parse_args()
 
 
-def campaign(home: Path, *, kills: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield what came of each run until so many kills are done."""
-    dice = random.Random(seed)
-    wanted = _deal(dice)
-    unbroken: dict[str, Job] = {}
-    done = number = 0
-    while done < kills:
+class Campaign:
+    """Runs of one home, which are shot at until there are enough kills."""
+
+    def __init__(self, home: Path, options: argparse.Namespace) -> None:
+        self._home, self._options = home, options
+        self._deck = _dealt(random.Random(options.seed))
+        self._jobs: list[Job] = []
+
+    def runs(self) -> Iterator[dict[str, Any]]:
+        """Yield what came of each run, in the order in which they end."""
+        unbroken = {strategy: self._trained(strategy) for strategy in STRATEGIES}
+        done, number, each = 0, 0, self._options.each
+        going: set[Future[dict[str, Any]]] = set()
+        with ThreadPoolExecutor(self._options.at_once) as pool:
+            while done < self._options.kills or going:
+                while len(going) < self._options.at_once and done + len(going) * each < self._options.kills:
+                    shots = list(itertools.islice(self._deck, each))
+                    going.add(pool.submit(self._run, number, shots, unbroken))
+                    number += 1
+                over, going = wait(going, return_when=FIRST_COMPLETED)
+                for run in over:
+                    done += len(run.result()["hits"])
+                    yield run.result()
+
+    def end(self) -> None:
+        """End what still runs, and remove everything."""
+        for job in self._jobs:
+            job.sweep()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def _run(self, number: int, shots: list[tuple[Kind, Aim]], unbroken: Mapping[str, Job]) -> dict[str, Any]:
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
-        if strategy not in unbroken:
-            unbroken[strategy] = _trained(home, strategy)
-        shots = [next(wanted) for _ in range(EACH)]
-        entry = shot_at(Job(home, f"run-{number:03}", strategy, _values(shots)), unbroken[strategy], dice, shots)
-        done, number = done + len(entry["hits"]), number + 1
-        yield {"run": number, **entry}
+        dice = random.Random(f"{self._options.seed} {number}")
+        job = self._job(f"run-{number:03}", strategy, _values(shots))
+        return {"run": number + 1, **shot_at(job, unbroken[strategy], dice, shots)}
+
+    def _trained(self, strategy: str) -> Job:
+        job = self._job(f"unbroken-{strategy.replace(' ', '-')}", strategy, {})
+        if job.start().wait(timeout=600):
+            sys.exit(f"the unbroken run failed:\n{job.tail()}")
+        return job
+
+    def _job(self, name: str, strategy: str, values: dict[str, Any]) -> Job:
+        self._jobs.append(Job(self._home, name, strategy, values))
+        return self._jobs[-1]
 
 
-def _deal(dice: random.Random) -> Iterator[tuple[Kind, Aim]]:
+def _dealt(dice: random.Random) -> Iterator[tuple[Kind, Aim]]:
     while True:
         yield from dice.sample(DECK, len(DECK))
 
 
 def _values(shots: list[tuple[Kind, Aim]]) -> dict[str, Any]:
     return {"scaling.stall_s": STALL_S} if any(kind == "stop" for kind, _ in shots) else {}
-
-
-def _trained(home: Path, strategy: str) -> Job:
-    job = Job(home, f"unbroken-{strategy.replace(' ', '-')}", strategy)
-    if job.start().wait(timeout=600):
-        sys.exit(f"the unbroken run failed:\n{job.tail()}")
-    return job
 
 
 def shot_at(job: Job, unbroken: Job, dice: random.Random, shots: list[tuple[Kind, Aim]]) -> dict[str, Any]:
@@ -129,11 +155,12 @@ def _told(entry: dict[str, Any]) -> str:
     return f"run {entry['run']} ({entry['strategy']}, {entry['seconds']:.0f} s): {hits}. {end}"
 
 
-def _write(path: Path, found: list[dict[str, Any]], *, seed: int) -> None:
+def _write(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     """Write all runs, one a line."""
-    runs = ",\n".join(f"  {json.dumps(entry)}" for entry in found)
-    about = {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "seed": seed, "stall_s": STALL_S}
-    path.write_text(f'{{"about": {json.dumps(about)},\n"runs": [\n{runs}\n]}}\n')
+    runs = ",\n".join(f"  {json.dumps(entry)}" for entry in sorted(found, key=lambda entry: entry["run"]))
+    about = {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "load": round(os.getloadavg()[2], 1)}
+    about |= {"seed": options.seed, "at_once": options.at_once, "stall_s": STALL_S}
+    options.out.write_text(f'{{"about": {json.dumps(about)},\n"runs": [\n{runs}\n]}}\n')
 
 
 if __name__ == "__main__":

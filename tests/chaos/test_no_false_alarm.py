@@ -92,6 +92,7 @@ def test_a_stopped_rank_is_named_and_replaced_in_time_and_its_keeper_likewise(ho
     assert_nothing_left(home)
 
 
+@pytest.mark.long
 def test_a_stopped_keeper_is_named_and_replaced_with_its_rank_which_trains_on_meanwhile(
     home: Home, unbroken: Command
 ) -> None:
@@ -120,6 +121,7 @@ def alarms(run: Command) -> list[str]:
     return [word for word in ("missing", "not been heard of", "starting anew") if word in run.output]
 
 
+@pytest.mark.long
 def test_what_is_slow_raises_no_alarm(home: Home) -> None:
     run = slow(home, "slow")
     run.reach(1)

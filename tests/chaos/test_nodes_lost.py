@@ -19,7 +19,7 @@ from machines import Machine, start_ray, two_machines
 
 from raytx.ledger import audit
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.long]
 LIMIT = 1e-4
 """Relative, of the losses of a run that lost nodes to those of unbroken ones."""
 STORE = 80 * 2**20
