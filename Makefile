@@ -35,7 +35,7 @@ test: lint
 
 chaos: install
 	RAYTX_CHAOS_LONG=$(LONG) $(RUN)/pytest -m chaos
-	$(RUN)/python tests/chaos/campaign.py $(if $(LONG),--kills 500 --each 20 --at-once 2,--kills 100)
+	$(RUN)/python tests/chaos/campaign.py $(if $(LONG),--kills 500 --each 25 --at-once 2,--kills 100)
 	$(RUN)/python docs/make.py
 
 clean:

@@ -17,20 +17,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import audit
-from job import ROOT, STRATEGIES, Job
-from killer import Aim, Kind, hunt, plan_shots
+from job import ROOT, STEPS, STRATEGIES, Job
+from killer import Aim, Kind, Shot, hunt, plan_shots
 
 DECK: list[tuple[Kind, Aim]] = [
-    *[("rank", "any")] * 2,
-    ("rank", "step"),
-    *[("rank", "save")] * 2,
-    ("rank", "evaluation"),
+    *[("rank", "any")] * 4,
+    *[("rank", "step")] * 2,
+    *[("rank", "save")] * 3,
+    *[("rank", "evaluation")] * 2,
     ("rank", "restart"),
     ("worker", "any"),
     ("worker", "save"),
@@ -46,14 +46,16 @@ DECK: list[tuple[Kind, Aim]] = [
     ("gcs", "any"),
     ("stop", "any"),
 ]
-"""What twenty kills are."""
+"""What twenty-five kills are."""
+STEPS_EACH = 8
+"""Steps for each kill of a run, so that it is not over before it has had them all."""
 STALL_S = 5
 """The stall limit of runs in which a rank is stopped; the usual one would only make them longer."""
 
 
 def main() -> int:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run under way is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs under way are ended, too
     campaign = Campaign(Path(tempfile.mkdtemp(prefix="rx")), options)
     found: list[dict[str, Any]] = []
     try:
@@ -61,6 +63,9 @@ def main() -> int:
             found.append(entry)
             print(_told(entry), flush=True)
             _write(options, found)
+    except (KeyboardInterrupt, SystemExit):
+        campaign.end()
+        os._exit(143)  # those who hunt would start their runs again
     finally:
         campaign.end()
     return int(any(entry["problems"] for entry in found))
@@ -82,6 +87,7 @@ class Campaign:
     def __init__(self, home: Path, options: argparse.Namespace) -> None:
         self._home, self._options = home, options
         self._deck = _dealt(random.Random(options.seed))
+        self._steps = max(STEPS, STEPS_EACH * options.each)
         self._jobs: list[Job] = []
 
     def runs(self) -> Iterator[dict[str, Any]]:
@@ -89,16 +95,16 @@ class Campaign:
         unbroken = {strategy: self._trained(strategy) for strategy in STRATEGIES}
         done, number, each = 0, 0, self._options.each
         going: set[Future[dict[str, Any]]] = set()
-        with ThreadPoolExecutor(self._options.at_once) as pool:
-            while done < self._options.kills or going:
-                while len(going) < self._options.at_once and done + len(going) * each < self._options.kills:
-                    shots = list(itertools.islice(self._deck, each))
-                    going.add(pool.submit(self._run, number, shots, unbroken))
-                    number += 1
-                over, going = wait(going, return_when=FIRST_COMPLETED)
-                for run in over:
-                    done += len(run.result()["hits"])
-                    yield run.result()
+        pool = ThreadPoolExecutor(self._options.at_once)
+        while done < self._options.kills or going:
+            while len(going) < self._options.at_once and done + len(going) * each < self._options.kills:
+                shots = list(itertools.islice(self._deck, each))
+                going.add(pool.submit(self._run, number, shots, unbroken))
+                number += 1
+            over, going = wait(going, return_when=FIRST_COMPLETED)
+            for run in over:
+                done += len(run.result()["hits"])
+                yield run.result()
 
     def end(self) -> None:
         """End what still runs, and remove everything."""
@@ -110,7 +116,7 @@ class Campaign:
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
         dice = random.Random(f"{self._options.seed} {number}")
         job = self._job(f"run-{number:03}", strategy, _values(shots))
-        return {"run": number + 1, **shot_at(job, unbroken[strategy], dice, shots)}
+        return {"run": number + 1, **shot_at(job, unbroken[strategy], plan_shots(dice, shots, steps=self._steps))}
 
     def _trained(self, strategy: str) -> Job:
         job = self._job(f"unbroken-{strategy.replace(' ', '-')}", strategy, {})
@@ -119,7 +125,8 @@ class Campaign:
         return job
 
     def _job(self, name: str, strategy: str, values: dict[str, Any]) -> Job:
-        self._jobs.append(Job(self._home, name, strategy, values))
+        length = {} if self._steps == STEPS else {"train.steps": self._steps}
+        self._jobs.append(Job(self._home, name, strategy, values | length))
         return self._jobs[-1]
 
 
@@ -132,10 +139,10 @@ def _values(shots: list[tuple[Kind, Aim]]) -> dict[str, Any]:
     return {"scaling.stall_s": STALL_S} if any(kind == "stop" for kind, _ in shots) else {}
 
 
-def shot_at(job: Job, unbroken: Job, dice: random.Random, shots: list[tuple[Kind, Aim]]) -> dict[str, Any]:
+def shot_at(job: Job, unbroken: Job, shots: Sequence[Shot]) -> dict[str, Any]:
     """Run a job through its shots, and say what they were, how it recovered and what it lost."""
     before, started = audit.shared_memory(), time.time()
-    found = hunt(job, plan_shots(dice, shots))
+    found = hunt(job, shots)
     problems = found.problems or audit.losses(job, unbroken)
     problems = [*problems, *audit.leftovers(job, before)]
     if not problems:

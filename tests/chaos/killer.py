@@ -99,13 +99,13 @@ class Hunt:
     """Why it did not finish, when it did not."""
 
 
-def plan_shots(dice: random.Random, wanted: Sequence[tuple[Kind, Aim]]) -> list[Shot]:
+def plan_shots(dice: random.Random, wanted: Sequence[tuple[Kind, Aim]], *, steps: int = STEPS) -> list[Shot]:
     """Spread shots over a run's steps at random: those at the start first, those at a restart after another."""
     ordered = sorted(wanted, key=lambda pair: (pair[1] != "start", pair[1] == "restart" and dice.random()))
-    steps = sorted(dice.randint(1, STEPS - 1) for _ in wanted)
+    moments = sorted(dice.randint(1, steps - 1) for _ in wanted)
     return [
         Shot(kind, aim, step, dice.uniform(0, LONGEST_S[aim]), dice.random())
-        for (kind, aim), step in zip(ordered, steps, strict=True)
+        for (kind, aim), step in zip(ordered, moments, strict=True)
     ]
 
 

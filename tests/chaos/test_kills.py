@@ -20,9 +20,13 @@ RUNS = {
     "3d 1x2x2": [("rank", "any"), ("rank", "restart")],
 }
 """What is killed, and during what, by strategy."""
+LONG = {"zero 2"}
+"""Ray's agents outlive their raylet by up to a minute."""
 
 
-@pytest.mark.parametrize("strategy", RUNS)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in RUNS]
+)
 def test_a_killed_run_ends_in_the_bits_of_the_unbroken_one(home, unbroken, strategy):
     expected = unbroken(strategy)
     job = Job(home, f"killed-{strategy.replace(' ', '-')}", strategy)

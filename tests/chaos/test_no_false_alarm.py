@@ -20,7 +20,7 @@ from command import FIRST_S, Command, Home, assert_nothing_left, assert_same_ten
 
 from raytx.supervision import SILENCE_S
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.long]
 LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
 STOPS = 10 if LONG else 2
 """How often ranks are stopped, and then keepers."""
@@ -92,7 +92,6 @@ def test_a_stopped_rank_is_named_and_replaced_in_time_and_its_keeper_likewise(ho
     assert_nothing_left(home)
 
 
-@pytest.mark.long
 def test_a_stopped_keeper_is_named_and_replaced_with_its_rank_which_trains_on_meanwhile(
     home: Home, unbroken: Command
 ) -> None:
@@ -121,7 +120,6 @@ def alarms(run: Command) -> list[str]:
     return [word for word in ("missing", "not been heard of", "starting anew") if word in run.output]
 
 
-@pytest.mark.long
 def test_what_is_slow_raises_no_alarm(home: Home) -> None:
     run = slow(home, "slow")
     run.reach(1)

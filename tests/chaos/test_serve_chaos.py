@@ -29,7 +29,7 @@ from overload import Answer, arrivals
 
 from raytx.serve import PROXY_SLACK_S
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.long]
 
 LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
 KILLS = 20 if LONG else 2

@@ -22,7 +22,7 @@ import pytest
 from command import Command, Home, assert_nothing_left, eventually, memory_left, swept
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.long]
 LONG = os.environ.get("RAYTX_CHAOS_LONG") == "1"
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 GRACE_S = 20.0
