@@ -61,13 +61,13 @@ def _clocks() -> tuple[float, float]:
 
 def main(rank: int, world_size: int, rendezvous: str, job: dict[str, Any], result: Path) -> None:
     _tell_the_launchers_variables(rank, world_size)
-    import torch.distributed as dist
     from by_hand import LOOPS
 
     from raytx import worker
     from raytx.plan import Plan
+    from raytx.rendezvous import meet
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    meeting = meet(f"file://{rendezvous}", backend="gloo", rank=rank, world_size=world_size, timeout_s=600)
     plan = Plan.from_dict(job["plan"])
     contest = Contest(LOOPS[job["by_hand"]](work(plan, rank)), steps=job["steps"], blocks=job["blocks"])
     session = worker.Session(rank=rank, log=contest.log, flush=lambda: None, report=contest.turn)
@@ -76,7 +76,7 @@ def main(rank: int, world_size: int, rendezvous: str, job: dict[str, Any], resul
     except Done:
         if rank == 0:
             result.write_text(json.dumps({"times": contest.times, "losses": contest.losses}))
-    dist.barrier()
+    meeting.part()
     os._exit(0)  # DeepSpeed's threads, and Trainer's, would keep the process
 
 

@@ -110,7 +110,7 @@ def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
     plan = Plan.from_dict(job.plan)
     if plan.world_size != job.world_size:  # workers came or went
         plan = plan.on(job.world_size)
-    rendezvous.meet(
+    meeting = rendezvous.meet(
         job.meeting_point,
         backend=job.backend,
         rank=job.rank,
@@ -133,7 +133,7 @@ def _train(job: Job, channel: Channel, orders: Orders) -> dict[str, Any]:
         state = worker.train(plan, session)
     if job.rank == 0 and (mirrored := mirror.of(plan)):
         mirrored.leave(lambda text: channel.send({"record": {"kind": "remark", "text": text}}), mirror.JOURNAL)
-    rendezvous.part()
+    meeting.part()
     return {"step": state.step}
 
 

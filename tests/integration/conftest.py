@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from raytx import worker
-from raytx.plan import Plan, resolve
+from raytx.plan import CACHE, Plan, resolve
 from raytx.prepare import prepare
 from raytx.recipe import Recipe, parse
 
@@ -33,12 +33,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One storage path for all runs, so that they share prepared data."""
-    return tmp_path_factory.mktemp("runs")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data that all runs share."""
+    return tmp_path_factory.mktemp("prepared")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
+    """A storage path for the runs of one file of tests: a name of theirs must not meet another file's run."""
+    directory = tmp_path_factory.mktemp("runs")
+    (directory / CACHE).symlink_to(shared_cache)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def recipe(corpus: Path, storage: Path) -> Callable[..., Recipe]:
     """Make a recipe of a tiny decoder, with dotted values replaced."""
 

@@ -25,13 +25,13 @@ def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
         "LOCAL_WORLD_SIZE": str(world_size),
     }
     import raytx_unsteady
-    import torch.distributed as dist
 
     from raytx import worker
     from raytx.plan import Plan
+    from raytx.rendezvous import meet
     from raytx.testing import FakeEntryPoint, installed
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    meeting = meet(f"file://{rendezvous}", backend="gloo", rank=rank, world_size=world_size, timeout_s=600)
     with installed(FakeEntryPoint("raytx_unsteady", raytx_unsteady)):
         for path, omitted in zip(plans, json.loads(os.environ["RAYTX_OMITTED"]), strict=True):
             plan = Plan.from_dict(json.loads(Path(path).read_text()))
@@ -44,7 +44,7 @@ def main(rank: int, world_size: int, rendezvous: str, plans: list[str]) -> None:
             )
             with omitting(omitted):
                 worker.train(plan, session)
-    dist.barrier()
+    meeting.part()
     os._exit(0)  # DeepSpeed's threads would keep the process for seconds
 
 

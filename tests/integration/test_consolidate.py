@@ -52,7 +52,7 @@ class Still:
         return ((name, "weight", array) for name, array in self._tensors)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def committed(recipe):
     """Commit a checkpoint of a recipe whose trained weights are other than its starting ones."""
 
@@ -175,7 +175,7 @@ def test_a_small_limit_gives_many_files_and_an_index(committed, tmp_path):
     assert_same(opened(tmp_path / "out"), whole(source))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def base(committed, tmp_path_factory):
     """A directory of a pretrained model."""
     directory = tmp_path_factory.mktemp("base") / "model"
@@ -183,7 +183,7 @@ def base(committed, tmp_path_factory):
     return consolidate(committed("base", model=model), directory).directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def adapted(committed, base):
     return committed("adapted", model={"type": "hf", "task": "causal-lm", "path": str(base), "adapter": ADAPTER})
 

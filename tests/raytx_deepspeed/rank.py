@@ -16,13 +16,13 @@ from typing import Any
 
 def main(rank: int, world_size: int, rendezvous: str, jobs: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    import torch.distributed as dist
+    from raytx.rendezvous import meet
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    meeting = meet(f"file://{rendezvous}", backend="gloo", rank=rank, world_size=world_size, timeout_s=600)
     found = {name: globals()[job.pop("do")](rank, **job) for name, job in json.loads(Path(jobs).read_text()).items()}
     if rank == 0:
         Path(jobs).with_suffix(".found").write_text(json.dumps(found))
-    dist.barrier()
+    meeting.part()
     os._exit(0)  # DeepSpeed's threads would keep the process for seconds
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from raytx.rendezvous import meet
 from raytx_deepspeed.place import materialise
 from raytx_deepspeed.tensor import Share, cut
 from raytx_hf.adapter import adapted
@@ -45,12 +46,11 @@ MASK = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
 
 
 def main(rank: int, rendezvous: str, output: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    meeting = meet(f"file://{rendezvous}", backend="gloo", rank=rank, world_size=2, timeout_s=600)
     found = {name: compared(rank, *case) for name, case in CASES.items()}
     if rank == 0:
         Path(output).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()  # gloo's threads abort a process that ends before them
+    meeting.part()
 
 
 def compared(rank: int, name: str, changes: dict[str, Any], adapters: bool) -> dict[str, Any]:
