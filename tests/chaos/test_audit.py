@@ -25,6 +25,7 @@ FINDS = {
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.long
 @pytest.mark.parametrize("bug", FINDS)
 def test_a_planted_bug_is_reported(home, unbroken, bug):
     job = Job(home, bug.replace("_", "-"), "single", SHORT, plugins=[PLANTED / f"{bug}.py"])
@@ -37,6 +38,7 @@ def test_a_planted_bug_is_reported(home, unbroken, bug):
 
 @pytest.mark.slow
 @pytest.mark.chaos
+@pytest.mark.long
 def test_an_unbroken_run_has_lost_nothing_beside_itself(unbroken):
     job = unbroken("single", SHORT)
     assert audit.losses(job, job) == []

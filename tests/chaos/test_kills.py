@@ -9,7 +9,7 @@ import pytest
 from job import Job
 from killer import hunt, plan_shots
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.long]
 
 RUNS = {
     "single": [("driver", "save"), ("rank", "restart"), ("rank", "any")],
@@ -20,13 +20,9 @@ RUNS = {
     "3d 1x2x2": [("rank", "any"), ("rank", "restart")],
 }
 """What is killed, and during what, by strategy."""
-LONG = {"zero 2"}
-"""Ray's agents outlive their raylet by up to a minute."""
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in RUNS]
-)
+@pytest.mark.parametrize("strategy", RUNS)
 def test_a_killed_run_ends_in_the_bits_of_the_unbroken_one(home, unbroken, strategy):
     expected = unbroken(strategy)
     job = Job(home, f"killed-{strategy.replace(' ', '-')}", strategy)
