@@ -115,8 +115,15 @@ class Mirror:
         self.push(JOURNAL)
         self._store.put(staging / MANIFEST, f"{place}/{MANIFEST}")
 
-    def greatest_attempt(self) -> int:
-        """Return the number of the last attempt that has put something there, 0 where none has."""
+    def greatest_attempt(self, *, rank: int = 0, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> int:
+        """Return the number of the last attempt that has put something there, 0 where none has. Collective.
+
+        Raises TrainingError on every rank when the store cannot be read.
+        """
+        number: int = self._errand(self._greatest_attempt if rank == 0 else None, gather, self.uri)[0]
+        return number
+
+    def _greatest_attempt(self) -> int:
         found = map(_saved, persistently(lambda: self._store.sizes(self._at(CHECKPOINTS))))
         return max((int(one.attempt[:16], 16) for one in found if one), default=0)
 

@@ -78,12 +78,10 @@ class Saver:
         if rank == 0:
             checkpoint.make_room(plan.run_dir)
         # A name of this attempt's own: a rank of one that was given up may still be writing.
-        self._attempt: int = engine.gather(self._number() if rank == 0 else 0)[0]
+        last = self._mirror.greatest_attempt(rank=rank, gather=engine.gather) if self._mirror else 0
+        # Greater than those of all earlier attempts, whatever the clocks of their machines say.
+        self._attempt: int = engine.gather(max(time.time_ns(), last + 1))[0]
         self._saves = 0
-
-    def _number(self) -> int:
-        """Return a number greater than those of all earlier attempts, whatever the clocks of their machines say."""
-        return max(time.time_ns(), self._mirror.greatest_attempt() + 1 if self._mirror else 0)
 
     @property
     def under_way(self) -> bool:

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from raytx import mirror
+from raytx import mirror, storage
+from raytx.errors import TrainingError
 from raytx.mirror import JOURNAL, RECORDS, Mirror, Saved
 from raytx.storage import Store
 
@@ -136,6 +137,13 @@ def test_the_greatest_attempt_is_of_uploads_that_were_cut_off_too(empty):
     committed(empty._store, "step-00000002.18c2f0a1d2e3f405000001")
     empty._store.write("run/checkpoints/step-00000004.18c2f0a1d2e3f406000003/weights-0", b"half")
     assert empty.greatest_attempt() == 0x18C2F0A1D2E3F406
+
+
+def test_a_store_that_cannot_be_asked_for_it_stops_the_run_in_words(empty, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES_S", ())
+    monkeypatch.setattr(Store, "sizes", lambda *_: (_ for _ in ()).throw(storage.StoreError("the server is away")))
+    with pytest.raises(TrainingError, match=r"cannot read file:.*: the server is away. Repair the storage"):
+        empty.greatest_attempt()
 
 
 def test_a_copy_has_of_several_checkpoints_of_a_step_the_last(empty):
