@@ -12,13 +12,18 @@ from __future__ import annotations
 import builtins
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 DIED = 9
 FAILED = 1
+WALL_S = 120
+"""A child that takes longer hangs, and is ended."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -30,6 +35,9 @@ def dying(root: Path, *, at: int | None, do: Callable[[], Any], power_fails: boo
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(WALL_S)
+        torch.set_num_threads(1)  # a fork has no copy of its parent's pool of threads, and would wait for them
         disk = Disk(root, at, power_fails=power_fails)
         try:
             disk.watch()
@@ -44,7 +52,7 @@ def dying(root: Path, *, at: int | None, do: Callable[[], Any], power_fails: boo
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with open(reading) as told:
         done = told.read()
-    assert code in (0, DIED), f"the child failed with {code}"
+    assert code in (0, DIED), f"the child failed with {code}{' after waiting too long' * (code == -signal.SIGALRM)}"
     return code == DIED, int(done or 0)
 
 
