@@ -133,6 +133,17 @@ def kills_by_strategy() -> str:
     return "\n".join([*lines, _row("**all**", str(len(_runs())), str(hits), str(lost))])
 
 
+def campaigns() -> str:
+    """A row for each campaign: when, of which code, how many, and how busy the machine was."""
+    head = ("date", "commit", "storage", "runs", "side by side", "kills", "load average at the end", "seed")
+    lines = [_row(*head), _row(*["---"] * 3, *["--:"] * 5)]
+    for one in _campaigns():
+        runs, kills = len(one["runs"]), sum(len(run["hits"]) for run in one["runs"])
+        told = (runs, one["at_once"], kills, one["load"], one["seed"])
+        lines.append(_row(one["date"], one["commit"], one["storage"], *map(str, told)))
+    return "\n".join(lines)
+
+
 KILLED = {
     "rank": "rank",
     "stop": "rank, by SIGSTOP",
@@ -162,13 +173,18 @@ def _hits() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(KILLS.read_text(encoding="utf-8"))["runs"]
+    return [run for campaign in _campaigns() for run in campaign["runs"]]
+
+
+def _campaigns() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(KILLS.read_text(encoding="utf-8"))["campaigns"]
     return found
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "strategies.md": {"compatibility": compatibility, "differences": differences, "settings": settings},
     "reliability.md": {
+        "campaigns": campaigns,
         "kills": kills,
         "kills by phase": kills_by_phase,
         "kills by strategy": kills_by_strategy,

@@ -5,6 +5,7 @@ Every function returns one line for each thing that is wrong, and nothing when a
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 from job import Job, alive
 from safetensors import safe_open
 
-from raytx import checkpoint, ledger
+from raytx import checkpoint, ledger, storage
 from raytx.files import read_json
 from raytx.journal import LEDGER, METRICS, rows
+from raytx.mirror import Mirror
 
 LINGER_S = 15.0
 """Processes may take so long to end after the command did."""
@@ -93,6 +95,27 @@ def samples(job: Job, unbroken: Job) -> list[str]:
             if got.get(step) != wanted.get(step)
         ),
     ]
+
+
+def store(job: Job) -> list[str]:
+    """Compare a run's last checkpoint in its store with the one here, and look for what lies beside it there."""
+    kept = storage.of(job.store)
+    if kept is None:
+        return []
+    with tempfile.TemporaryDirectory() as name:
+        told: list[str] = []
+        there = Mirror(kept, Path(name) / job.name).newest(tell=told.append)
+        here = checkpoint.newest(job.run_dir)
+        found = [f"{job.name}: {line}" for line in told]
+        if there is None or here is None or there.step != here.step:
+            return [*found, f"{job.name}: the last checkpoint in the store is {there}, here {here}"]
+        got, wanted = contents(there.directory), contents(here.directory)
+    if got.keys() != wanted.keys() or any(got[key].tobytes() != wanted[key].tobytes() for key in wanted):
+        found.append(f"{job.name}: the last checkpoint in the store holds other tensors than the one here")
+    files = kept.sizes(f"{job.name}/checkpoints")
+    places = {name.partition("/")[0] for name in files}
+    half = [place for place in sorted(places) if f"{place}/{checkpoint.MANIFEST}" not in files]
+    return found + [f"{job.name}: {place} is left in the store without a manifest" for place in half]
 
 
 def leftovers(job: Job, shared_memory_before: Iterable[str]) -> list[str]:

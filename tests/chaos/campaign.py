@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,13 +58,15 @@ STALL_S = 5
 def main() -> int:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs under way are ended, too
-    campaign = Campaign(Path(tempfile.mkdtemp(prefix="rx")), options)
+    home = Path(tempfile.mkdtemp(prefix="rx"))
+    campaign = Campaign(home, options, store=_store(home) if options.store else "")
     found: list[dict[str, Any]] = []
+    before = json.loads(options.out.read_text())["campaigns"] if options.add else []
     try:
         for entry in campaign.runs():
             found.append(entry)
             print(_told(entry), flush=True)
-            _write(options, found)
+            _write(options.out, [*before, _about(options) | {"runs": sorted(found, key=lambda entry: entry["run"])}])
     except (KeyboardInterrupt, SystemExit):
         campaign.end()
         os._exit(143)  # those who hunt would start their runs again
@@ -78,14 +82,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=1, help="runs that go on side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the moments of kills")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "chaos.json", help="where the figures go")
+    parser.add_argument("--store", action="store_true", help="keep the runs in a store, a server on loopback")
+    parser.add_argument("--add", action="store_true", help="to the campaigns that are there, instead of replacing them")
     return parser.parse_args()
 
 
 class Campaign:
     """Runs of one home, which are shot at until there are enough kills."""
 
-    def __init__(self, home: Path, options: argparse.Namespace) -> None:
-        self._home, self._options = home, options
+    def __init__(self, home: Path, options: argparse.Namespace, *, store: str = "") -> None:
+        self._home, self._options, self._store = home, options, store
         self._deck = _dealt(random.Random(options.seed))
         self._steps = max(STEPS, STEPS_EACH * options.each)
         self._jobs: list[Job] = []
@@ -115,7 +121,7 @@ class Campaign:
     def _run(self, number: int, shots: list[tuple[Kind, Aim]], unbroken: Mapping[str, Job]) -> dict[str, Any]:
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
         dice = random.Random(f"{self._options.seed} {number}")
-        job = self._job(f"run-{number:03}", strategy, _values(shots))
+        job = self._job(f"run-{number:03}", strategy, _values(shots), store=self._store)
         return {"run": number + 1, **shot_at(job, unbroken[strategy], plan_shots(dice, shots, steps=self._steps))}
 
     def _trained(self, strategy: str) -> Job:
@@ -124,10 +130,26 @@ class Campaign:
             sys.exit(f"the unbroken run failed:\n{job.tail()}")
         return job
 
-    def _job(self, name: str, strategy: str, values: dict[str, Any]) -> Job:
+    def _job(self, name: str, strategy: str, values: dict[str, Any], store: str = "") -> Job:
         length = {} if self._steps == STEPS else {"train.steps": self._steps}
-        self._jobs.append(Job(self._home, name, strategy, values | length))
+        self._jobs.append(Job(self._home, name, strategy, values | length, store=store))
         return self._jobs[-1]
+
+
+def _store(home: Path) -> str:
+    """Start a server that speaks S3, for as long as this process lives; return the URI of a storage on it."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    names = {"AWS_ACCESS_KEY_ID": "AKIARAYTXTESTONLY", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "us-east-1"}
+    os.environ |= names | {"RAYTX_CACHE": str(home / "cache")}
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    place = "endpoint_override={}:{}&scheme=http".format(*server.get_host_and_port())
+    files, _ = fs.FileSystem.from_uri(f"s3://chaos?{place}&allow_bucket_creation=true")
+    files.create_dir("chaos")
+    return f"s3://chaos/runs?{place}"
 
 
 def _dealt(dice: random.Random) -> Iterator[tuple[Kind, Aim]]:
@@ -144,7 +166,7 @@ def shot_at(job: Job, unbroken: Job, shots: Sequence[Shot]) -> dict[str, Any]:
     before, started = audit.shared_memory(), time.time()
     found = hunt(job, shots)
     problems = found.problems or audit.losses(job, unbroken)
-    problems = [*problems, *audit.leftovers(job, before)]
+    problems = [*problems, *audit.store(job), *audit.leftovers(job, before)]
     if not problems:
         shutil.rmtree(job.run_dir)
     return {
@@ -162,12 +184,23 @@ def _told(entry: dict[str, Any]) -> str:
     return f"run {entry['run']} ({entry['strategy']}, {entry['seconds']:.0f} s): {hits}. {end}"
 
 
-def _write(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
-    """Write all runs, one a line."""
-    runs = ",\n".join(f"  {json.dumps(entry)}" for entry in sorted(found, key=lambda entry: entry["run"]))
-    about = {"date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "load": round(os.getloadavg()[2], 1)}
-    about |= {"seed": options.seed, "at_once": options.at_once, "stall_s": STALL_S}
-    options.out.write_text(f'{{"about": {json.dumps(about)},\n"runs": [\n{runs}\n]}}\n')
+def _about(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a reader must know of a campaign to judge its figures."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    about = {"date": time.strftime("%Y-%m-%d"), "commit": commit.strip(), "cpus": os.cpu_count()}
+    about |= {"storage": "S3" if options.store else "directory"}
+    about |= {"load": round(os.getloadavg()[2], 1), "at_once": options.at_once, "each": options.each}
+    return about | {"seed": options.seed, "stall_s": STALL_S}
+
+
+def _write(path: Path, campaigns: Sequence[Mapping[str, Any]]) -> None:
+    """Write all campaigns, a run in each line."""
+    told = []
+    for campaign in campaigns:
+        about = json.dumps({key: value for key, value in campaign.items() if key != "runs"})
+        runs = ",\n".join(f"  {json.dumps(entry)}" for entry in campaign["runs"])
+        told.append(f'{about[:-1]}, "runs": [\n{runs}\n]}}')
+    path.write_text('{"campaigns": [\n' + ",\n".join(told) + "\n]}\n")
 
 
 if __name__ == "__main__":

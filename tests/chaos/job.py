@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from raytx import storage
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -55,15 +58,23 @@ class Job:
     """Dotted recipe values that differ from the usual."""
     plugins: Sequence[Path] = ()
     """Modules that its processes load besides: bugs to be found."""
+    store: str = ""
+    """The URI of a storage, where it is no directory."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
+    def storage_path(self) -> str:
+        return self.store or str(self.home / "storage")
+
+    @functools.cached_property
     def run_dir(self) -> Path:
-        return self.home / "storage" / self.name
+        """Where it is worked on; for a store, in this machine's cache."""
+        return storage.directory(self.storage_path) / self.name
 
     @property
     def probe(self) -> Path:
-        return self.home / "probe" / self.name
+        """Where its ranks tell what they do; probe.py knows."""
+        return self.run_dir.parent.parent / "probe" / self.name
 
     @property
     def output(self) -> Path:
@@ -128,7 +139,7 @@ def recipe_of(job: Job) -> dict[str, Any]:
     strategy, workers = STRATEGIES[job.strategy]
     return {
         "name": job.name,
-        "storage_path": str(job.home / "storage"),
+        "storage_path": job.storage_path,
         "model": {
             "type": "hf",
             "task": "causal-lm",
