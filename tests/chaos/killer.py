@@ -178,11 +178,16 @@ class _Run:
             return False
         if code == 0:
             return True
-        if not self.hits or self.hits[-1].shot.kind not in ENDS_THE_COMMAND or self.hits[-1].ended_s is not None:
+        if (cause := self._cause()) is None:
             raise StuckError(f"the command ended with code {code}:\n{self.job.tail()}")
-        self.hits[-1] = replace(self.hits[-1], ended_s=time.time() - self.hits[-1].time)
+        self.hits[cause] = replace(self.hits[cause], ended_s=time.time() - self.hits[cause].time)
         self._begin()
         return False
+
+    def _cause(self) -> int | None:
+        """Return which hit may have ended this command: the last such, though others may have come after it."""
+        able = [hit.shot.kind in ENDS_THE_COMMAND and hit.time > self.started for hit in self.hits]
+        return max((place for place, was_able in enumerate(able) if was_able), default=None)
 
     def _check_moving(self) -> None:
         if (last := self._progress()) != self._last:

@@ -9,7 +9,7 @@ import pytest
 from job import Job
 from killer import hunt, plan_shots
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 RUNS = {
     "single": [("driver", "save"), ("rank", "restart"), ("rank", "any")],
@@ -20,9 +20,12 @@ RUNS = {
     "3d 1x2x2": [("rank", "any"), ("rank", "restart")],
 }
 """What is killed, and during what, by strategy."""
+SHORTEST = ("single", "ddp")
 
 
-@pytest.mark.parametrize("strategy", RUNS)
+@pytest.mark.parametrize(
+    "strategy", [name if name in SHORTEST else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
+)
 def test_a_killed_run_ends_in_the_bits_of_the_unbroken_one(home, unbroken, strategy):
     expected = unbroken(strategy)
     job = Job(home, f"killed-{strategy.replace(' ', '-')}", strategy)
