@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -95,17 +96,18 @@ class Campaign:
         self._deck = _dealt(random.Random(options.seed))
         self._steps = max(STEPS, STEPS_EACH * options.each)
         self._jobs: list[Job] = []
+        self._whole: dict[str, Job] = {}
+        self._one_at_a_time = threading.Lock()
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """Yield what came of each run, in the order in which they end."""
-        unbroken = {strategy: self._trained(strategy) for strategy in STRATEGIES}
         done, number, each = 0, 0, self._options.each
         going: set[Future[dict[str, Any]]] = set()
         pool = ThreadPoolExecutor(self._options.at_once)
         while done < self._options.kills or going:
             while len(going) < self._options.at_once and done + len(going) * each < self._options.kills:
                 shots = list(itertools.islice(self._deck, each))
-                going.add(pool.submit(self._run, number, shots, unbroken))
+                going.add(pool.submit(self._run, number, shots))
                 number += 1
             over, going = wait(going, return_when=FIRST_COMPLETED)
             for run in over:
@@ -118,16 +120,23 @@ class Campaign:
             job.sweep()
         shutil.rmtree(self._home, ignore_errors=True)
 
-    def _run(self, number: int, shots: list[tuple[Kind, Aim]], unbroken: Mapping[str, Job]) -> dict[str, Any]:
+    def _run(self, number: int, shots: list[tuple[Kind, Aim]]) -> dict[str, Any]:
         strategy = list(STRATEGIES)[number % len(STRATEGIES)]
         dice = random.Random(f"{self._options.seed} {number}")
         job = self._job(f"run-{number:03}", strategy, _values(shots), store=self._store)
-        return {"run": number + 1, **shot_at(job, unbroken[strategy], plan_shots(dice, shots, steps=self._steps))}
+        return {"run": number + 1, **shot_at(job, self._unbroken(strategy), plan_shots(dice, shots, steps=self._steps))}
+
+    def _unbroken(self, strategy: str) -> Job:
+        """Return the run that the others of a strategy are compared with; trained when first asked for."""
+        with self._one_at_a_time:
+            if strategy not in self._whole:
+                self._whole[strategy] = self._trained(strategy)
+            return self._whole[strategy]
 
     def _trained(self, strategy: str) -> Job:
         job = self._job(f"unbroken-{strategy.replace(' ', '-')}", strategy, {})
         if job.start().wait(timeout=600):
-            sys.exit(f"the unbroken run failed:\n{job.tail()}")
+            raise RuntimeError(f"the unbroken run failed:\n{job.tail()}")
         return job
 
     def _job(self, name: str, strategy: str, values: dict[str, Any], store: str = "") -> Job:
