@@ -185,9 +185,11 @@ class _Run:
         return False
 
     def _cause(self) -> int | None:
-        """Return which hit may have ended this command: the last such, though others may have come after it."""
-        able = [hit.shot.kind in ENDS_THE_COMMAND and hit.time > self.started for hit in self.hits]
-        return max((place for place, was_able in enumerate(able) if was_able), default=None)
+        """Return which hit has ended this command, though others may have followed: one after which it did no step."""
+        since = [(place, hit) for place, hit in enumerate(self.hits) if hit.time > self.started]
+        able = [(place, hit) for place, hit in since if hit.shot.kind in ENDS_THE_COMMAND]
+        ended = [place for place, hit in able if hit.pid == self.process.pid or _first_step(hit, self.job) is None]
+        return max(ended, default=None)
 
     def _check_moving(self) -> None:
         if (last := self._progress()) != self._last:

@@ -45,6 +45,16 @@ def test_an_unbroken_run_has_lost_nothing_beside_itself(unbroken):
     assert audit.losses(job, job) == []
 
 
+def test_a_store_that_lacks_the_last_checkpoint_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYTX_CACHE", str(tmp_path / "cache"))
+    job = Job(tmp_path, "lacking", "single", store=f"file://{tmp_path}/store")
+    rubbish = tmp_path / "store" / "lacking" / "checkpoints" / "step-00000004.0000000000000001000001" / "state.json"
+    rubbish.parent.mkdir(parents=True)
+    rubbish.write_text("{}")
+    assert audit.store(Job(tmp_path, "elsewhere", "single")) == []
+    assert "the last checkpoint in the store is None" in audit.store(job)[-1]
+
+
 def test_a_process_that_stays_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "LINGER_S", 0.5)
     job = Job(tmp_path, "stays", "single")
